@@ -1,0 +1,5 @@
+from . import audit as audit
+from . import core as core
+from . import data as data
+from . import explain as explain
+from . import papers as papers

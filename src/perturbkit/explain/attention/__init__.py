@@ -1,0 +1,1 @@
+"""Attributions from turning attention down, for transformers."""

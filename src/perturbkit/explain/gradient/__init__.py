@@ -1,0 +1,1 @@
+"""Attributions from gradients: along a path, smoothed, or propagated layer by layer."""

@@ -1,0 +1,1 @@
+"""How good an explanation is: fidelity to the model, and stability under small changes."""

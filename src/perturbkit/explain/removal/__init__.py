@@ -1,0 +1,1 @@
+"""Attributions from removing parts of the input and watching the output."""

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from perturbkit.core import checks
 from perturbkit.core.results import Cost
@@ -313,6 +314,10 @@ class _LivingBytes(TorchDispatchMode):
         self._known: weakref.WeakSet[Any] = weakref.WeakSet()
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        # What operations take and none of them made was there before: inputs and weights, of which views come out.
+        for item in tree_leaves((args, kwargs)):
+            if isinstance(item, Tensor):
+                self._known.add(item.untyped_storage())
         out = func(*args, **(kwargs or {}))
         for item in out if isinstance(out, tuple | list) else (out,):
             if isinstance(item, Tensor):

@@ -40,13 +40,15 @@ class _Bar:
         from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
         from rich.progress import Progress as RichProgress
 
+        console = Console(stderr=True)
         self._bar = RichProgress(
             TextColumn("{task.description}"),
             BarColumn(),
             MofNCompleteColumn(),
             TimeRemainingColumn(),
-            console=Console(stderr=True),
-            transient=True,
+            console=console,
+            # Away from a terminal a transient bar would leave nothing at all.
+            transient=console.is_terminal,
         )
         self._bar.start()
         self._task = self._bar.add_task(description, total=total)

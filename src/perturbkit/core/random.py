@@ -75,7 +75,7 @@ def numpy_generator(generator: Seed | np.random.Generator = None) -> np.random.G
 
     Examples
     --------
-    >>> numpy_generator(3).integers(10) == numpy_generator(3).integers(10)
+    >>> bool(numpy_generator(3).integers(10) == numpy_generator(3).integers(10))
     True
     """
     if isinstance(generator, np.random.Generator):

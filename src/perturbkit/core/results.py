@@ -41,6 +41,10 @@ class Result:
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
+        known = Result._registry.get(cls.__name__)
+        if known is not None and known.__module__ != cls.__module__:
+            # Saved results name their class alone, so that moving a module does not orphan them.
+            raise TypeError(f"{cls.__module__} and {known.__module__} both define a result {cls.__name__}")
         Result._registry[cls.__name__] = cls
 
     def to_dict(self) -> dict[str, Any]:
@@ -117,6 +121,18 @@ def _decode(value: Any) -> Any:
         if cls is None:
             raise checks.DataError(f"the data describes a {value['type']!r}, which is not a known result.")
         names = {f.name for f in dataclasses.fields(cls)}
+        lacking = [
+            f.name
+            for f in dataclasses.fields(cls)
+            if f.name not in value
+            and f.default is dataclasses.MISSING
+            and f.default_factory is dataclasses.MISSING
+        ]
+        if lacking:
+            raise checks.DataError(
+                f"the data of a {value['type']} lacks {', '.join(lacking)}; allowed: all fields without a default. "
+                "Use data written by to_dict."
+            )
         return cls(**{k: _decode(v) for k, v in value.items() if k in names})
     if "tensor" in value:
         dtype = getattr(torch, value["dtype"])

@@ -1,0 +1,1 @@
+"""Measurements of robustness beyond the accuracy under one attack."""

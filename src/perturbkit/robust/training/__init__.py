@@ -1,0 +1,1 @@
+"""Training defences: losses and loops that make a model bear perturbations."""

@@ -5,3 +5,8 @@ from .certificates.randomized_smoothing import randomized_smoothing as randomize
 from .measurements.corrupt import IMAGE_CORRUPTIONS as IMAGE_CORRUPTIONS
 from .measurements.corrupt import TABLE_CORRUPTIONS as TABLE_CORRUPTIONS
 from .measurements.corrupt import corrupt as corrupt
+from .training.ibp_training import IBPHistory as IBPHistory
+from .training.ibp_training import IBPTrainer as IBPTrainer
+from .training.ibp_training import elided_worst_logits as elided_worst_logits
+from .training.ibp_training import interval_bounds as interval_bounds
+from .training.ibp_training import verified_accuracy as verified_accuracy

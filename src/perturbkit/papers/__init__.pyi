@@ -1,0 +1,13 @@
+from .evidence import Comparison as Comparison
+from .evidence import Evidence as Evidence
+from .evidence import Run as Run
+from .evidence import paper as paper
+from .gallery import write_gallery as write_gallery
+from .ranking import rank as rank
+from .records import NEEDS as NEEDS
+from .records import PaperRecord as PaperRecord
+from .records import discover as discover
+from .records import read_record as read_record
+from .runner import fingerprint as fingerprint
+from .runner import read_outcome as read_outcome
+from .runner import run_papers as run_papers

@@ -1,0 +1,32 @@
+"""The two intervals that the sections state, as pairs of floats."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import torch
+
+from perturbkit.core.statistics import bootstrap_interval, clopper_pearson
+
+
+def share_interval(hits: Any) -> tuple[float, float]:
+    """Return the exact 95 % interval of the share of true values, also where all or none are."""
+    flags = np.asarray(hits, dtype=bool)
+    found = clopper_pearson(int(flags.sum()), len(flags))
+    return float(found.low), float(found.high)
+
+
+def bootstrap(
+    values: Any, generator: torch.Generator, statistic: Callable[..., Any] = np.mean
+) -> tuple[float | None, float | None]:
+    """Return the 95 % bootstrap interval of a statistic over rows; nothing for fewer than two rows."""
+    data = np.asarray(values, dtype=float)
+    if len(data) < 2:
+        return None, None
+    if np.ptp(data) == 0:
+        return float(data[0]), float(data[0])
+    method = "bca" if statistic is np.mean else "percentile"
+    found = bootstrap_interval(data, statistic, method=method, generator=generator)  # type: ignore[arg-type]
+    return float(found.low), float(found.high)

@@ -1,0 +1,181 @@
+"""The report: findings, verdicts and what they cost, ready to be read, drawn, judged and saved."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from perturbkit._version import __version__
+from perturbkit.audit.finding import Finding
+from perturbkit.audit.gates import Judgement, judge, read_gates
+from perturbkit.audit.plan import section_module
+from perturbkit.audit.request import AuditRequest
+from perturbkit.core import checks
+
+if TYPE_CHECKING:
+    import pandas as pd
+    from matplotlib.figure import Figure
+
+__all__ = ["Report", "load_report"]
+
+SCHEMA = 1
+
+
+@dataclass(frozen=True)
+class Report:
+    """What an audit found.
+
+    Attributes
+    ----------
+    request : AuditRequest
+        What was asked.
+    model, data, task : str
+        What was audited.
+    classes, rows, rows_given : int
+        Number of classes, of rows used, and of rows in the data.
+    findings : tuple of Finding
+        One a section, also those that did not run.
+    seconds : float
+        Time in all.
+    interrupted : bool
+        Whether it was stopped before the end.
+    judgement : Judgement or None
+        The gates judged, where there were any.
+    """
+
+    request: AuditRequest
+    model: str
+    data: str
+    task: str
+    classes: int
+    rows: int
+    rows_given: int
+    findings: tuple[Finding, ...]
+    seconds: float
+    interrupted: bool = False
+    judgement: Judgement | None = None
+
+    def __getitem__(self, section: str) -> Finding:
+        """Return the finding of a section."""
+        for finding in self.findings:
+            if finding.section == section:
+                return finding
+        known = ", ".join(f.section for f in self.findings) or "none"
+        raise checks.ArgumentError(f"section is {section!r}; allowed: {known}. Name one that was run.")
+
+    @property
+    def exit_code(self) -> int:
+        """Exit code of the command: 130 interrupted, else that of the gates, else 0."""
+        if self.interrupted:
+            return 130
+        return 0 if self.judgement is None else self.judgement.exit_code
+
+    def to_frame(self) -> pd.DataFrame:
+        """Return every number, a line each: section, metric, value, low, high, control, n, method, status, cost."""
+        import pandas as pd
+
+        lines = []
+        for f in self.findings:
+            shared = {"status": f.status, "nfev": f.cost.nfev, "ngrad": f.cost.ngrad}
+            for m in f.metrics:
+                lines.append(
+                    {"section": f.section, "metric": m.name, "value": m.value, "low": m.low, "high": m.high,
+                     "control": m.control, "n": m.n, "method": m.method, **shared}
+                )  # fmt: skip
+            if not f.metrics:
+                lines.append({"section": f.section, **shared})
+        columns = [
+            "section",
+            "metric",
+            "value",
+            "low",
+            "high",
+            "control",
+            "n",
+            "method",
+            "status",
+            "nfev",
+            "ngrad",
+        ]
+        return pd.DataFrame(lines, columns=columns)
+
+    def figure(self, section: str) -> Figure:
+        """Return the figure of a section; it is not shown.
+
+        Raises
+        ------
+        ArgumentError
+            If the section was not asked for or did not run.
+        """
+        finding = self[section]
+        if finding.why:
+            raise checks.ArgumentError(
+                f"section {section!r} did not run: {finding.why}; allowed: a section that ran. Look at report.findings."
+            )
+        return section_module(section).draw(finding)
+
+    def check(self, gates: str | Path | Mapping[str, Any]) -> Judgement:
+        """Return the gates judged; ``.passed`` says whether all hold. See :mod:`perturbkit.audit.gates`."""
+        return judge(self.findings, read_gates(gates))
+
+    def save(self, folder: str | Path) -> Path:
+        """Write ``report.html``, ``audit.json`` and ``metrics.csv`` and return the path of the first."""
+        from perturbkit.audit.writers import save_report
+
+        return save_report(self, Path(folder))
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the report as plain JSON values, with a schema version."""
+        request = asdict(self.request)
+        request["out"] = None if self.request.out is None else str(self.request.out)
+        return {
+            "schema": SCHEMA, "version": __version__, "request": request, "model": self.model, "data": self.data,
+            "task": self.task, "classes": self.classes, "rows": self.rows, "rows_given": self.rows_given,
+            "seconds": self.seconds, "interrupted": self.interrupted,
+            "findings": [f.to_dict() for f in self.findings],
+            "judgement": None if self.judgement is None else self.judgement.to_dict(),
+        }  # fmt: skip
+
+    def _repr_html_(self) -> str:
+        from perturbkit.audit.writers import notebook_summary
+
+        return notebook_summary(self)
+
+
+def load_report(path: str | Path) -> Report:
+    """Read the ``audit.json`` of a report.
+
+    Raises
+    ------
+    DataError
+        If the file is missing, not JSON, or of another schema.
+    """
+    try:
+        data = json.loads(Path(path).read_text(encoding="utf-8"))
+        schema = data["schema"]
+    except FileNotFoundError as error:
+        raise checks.DataError(f"there is no {path}; allowed: an audit.json. Check the path.") from error
+    except (ValueError, KeyError, TypeError, OSError) as error:
+        raise checks.DataError(
+            f"{path} is not an audit.json ({error}); allowed: one written by this command."
+        ) from error
+    if schema != SCHEMA:
+        raise checks.DataError(f"{path} has schema {schema!r}; allowed: {SCHEMA}. Run the audit again.")
+    try:
+        request = dict(data["request"])
+        request["out"] = None if request["out"] is None else Path(request["out"])
+        for name in ("sections", "bounds"):
+            request[name] = None if request[name] is None else tuple(request[name])
+        return Report(
+            request=AuditRequest(**request), findings=tuple(Finding.from_dict(f) for f in data["findings"]),
+            judgement=None if data["judgement"] is None else Judgement.from_dict(data["judgement"]),
+            **{k: data[k] for k in
+               ("model", "data", "task", "classes", "rows", "rows_given", "seconds", "interrupted")},
+        )  # fmt: skip
+    except (KeyError, TypeError, AttributeError) as error:
+        raise checks.DataError(
+            f"{path} is damaged ({error}); allowed: an audit.json as written. Run it again."
+        ) from error

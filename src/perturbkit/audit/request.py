@@ -1,0 +1,129 @@
+"""What is asked of an audit, in one frozen object."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Literal
+
+from perturbkit.core import checks
+
+__all__ = ["PROFILES", "SECTIONS", "AuditRequest", "Profile"]
+
+SECTIONS = (
+    "sanity",
+    "explain",
+    "faithfulness",
+    "attack",
+    "certify",
+    "calibration",
+    "conformal",
+    "corruption",
+)
+
+
+@dataclass(frozen=True)
+class Profile:
+    """How much work an audit may do.
+
+    Attributes
+    ----------
+    rows : int or None
+        Rows of data used; ``None`` for all.
+    flops : float
+        Floating-point operations of model evaluations, over all sections. A count of operations and not of
+        seconds, so that the same request plans the same work on every machine.
+    """
+
+    rows: int | None
+    flops: float
+
+
+# On two laptop cores: about a minute, ten minutes, and as long as it takes.
+PROFILES = {
+    "quick": Profile(rows=200, flops=1.0e12),
+    "standard": Profile(rows=1000, flops=1.2e13),
+    "full": Profile(rows=None, flops=float("inf")),
+}
+
+
+@dataclass(frozen=True)
+class AuditRequest:
+    """One audit: what to open, what to measure, how much to spend, where to write.
+
+    Attributes
+    ----------
+    task : {"image", "tabular", "text", "predictions"} or None
+        ``None``: told from the data.
+    profile : {"quick", "standard", "full"}
+        How much work to do.
+    n : int or None
+        Rows, overriding the profile.
+    seed : int
+        Every random draw follows from it.
+    sections : tuple of str
+        Sections to run, in the order of the report.
+    norm : {"linf", "l2"}
+        Norm of the attack and the certificate.
+    eps : float or None
+        The perturbation size that a model should bear, in input units; ``None``: 1/255 for images (linf),
+        0.05 of each feature's standard deviation for tables.
+    alpha : float
+        Miscoverage allowed to conformal sets, in (0, 1).
+    bounds : tuple of float or None
+        Range of valid inputs; ``None``: [0, 1] for images, none for tables.
+    device : str or None
+        Device of the model.
+    memory : str or int or None
+        Memory budget of a batch.
+    out : Path or None
+        Folder of the report; findings are saved there as they are finished.
+    """
+
+    task: str | None = None
+    profile: str = "quick"
+    n: int | None = None
+    seed: int = 0
+    sections: tuple[str, ...] = SECTIONS
+    norm: Literal["linf", "l2"] = "linf"
+    eps: float | None = None
+    alpha: float = 0.1
+    bounds: tuple[float, float] | None = None
+    device: str | None = None
+    memory: str | int | None = None
+    out: Path | None = None
+
+    def __post_init__(self) -> None:
+        if self.task is not None:
+            checks.one_of("task", self.task, ("image", "tabular", "text", "predictions"))
+        checks.one_of("profile", self.profile, PROFILES)
+        if self.n is not None:
+            checks.integer("n", self.n, low=2)
+        checks.integer("seed", self.seed, low=0)
+        checks.one_of("norm", self.norm, ("linf", "l2"))
+        if self.eps is not None:
+            checks.positive("eps", self.eps)
+        checks.between("alpha", self.alpha, 0, 1, inclusive="neither")
+        for section in self.sections:
+            checks.one_of("section", section, SECTIONS)
+        if self.bounds is not None and not self.bounds[0] < self.bounds[1]:
+            raise checks.ArgumentError(
+                f"bounds is {self.bounds}; allowed: low below high. Write for instance --bounds 0,1."
+            )
+
+    @property
+    def rows(self) -> int | None:
+        """Rows of data used at most."""
+        return self.n if self.n is not None else PROFILES[self.profile].rows
+
+    def selecting(self, only: tuple[str, ...] = (), skip: tuple[str, ...] = ()) -> AuditRequest:
+        """Return the request with only these sections, or without those."""
+        for section in (*only, *skip):
+            checks.one_of("section", section, SECTIONS)
+        chosen = tuple(s for s in SECTIONS if (not only or s in only) and s not in skip)
+        if not chosen:
+            raise checks.ArgumentError(
+                "no section is left to run; allowed: at least one of "
+                f"{', '.join(SECTIONS)}. Take one out of --skip or put one into --only."
+            )
+        return replace(self, sections=chosen)

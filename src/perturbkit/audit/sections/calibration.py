@@ -1,0 +1,109 @@
+"""May the confidence be believed? Expected calibration error with its interval, and a reliability diagram."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from perturbkit.audit import _figures
+from perturbkit.audit._intervals import bootstrap, share_interval
+from perturbkit.audit.context import Context
+from perturbkit.audit.finding import Finding, Metric, Table
+from perturbkit.audit.request import AuditRequest
+from perturbkit.audit.subject import Subject
+from perturbkit.uncertainty import calibration_errors
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+SHARE = 0.0
+NEEDS_MODEL = ""
+BINS = 15
+TOLERATED = 0.05
+
+
+def evaluations(subject: Subject, request: AuditRequest) -> int:
+    """Rows evaluated for one row of data."""
+    return 0
+
+
+def run(context: Context) -> Finding:
+    """Compare what the model claims with how often it is right."""
+    subject = context.subject
+    p, y = subject.probabilities(), subject.y.numpy()
+    errors = calibration_errors(p, y, n_bins=BINS, generator=context.generator("calibration"))
+    confidence, right = p.max(1), (p.argmax(1) == y).astype(float)
+    gap = confidence - right
+    gap_low, gap_high = bootstrap(gap, context.generator("gap"))
+    # A perfectly calibrated model of the same confidences still has an error, by chance: the control.
+    rng = np.random.default_rng(context.generator("control").initial_seed())
+    chance = [_ece(confidence, rng.random(len(p)) < confidence) for _ in range(200)]
+    control = float(np.mean(chance))
+    beyond = float(np.mean(np.array(chance) >= errors.ece))
+    metrics = (
+        Metric("ece", errors.ece, errors.ece_low, errors.ece_high, len(y), f"{BINS} bins", control),
+        Metric(
+            "overconfidence",
+            float(gap.mean()),
+            gap_low,
+            gap_high,
+            len(y),
+            "mean confidence less accuracy",
+            0.0,
+        ),
+        Metric("nll", errors.nll, None, None, len(y), "negative log-likelihood, nats"),
+        Metric("brier", errors.brier, None, None, len(y), "Brier score"),
+    )
+    weak = errors.ece > TOLERATED and beyond < 0.05
+    side = "more" if gap.mean() > 0 else "less"
+    return Finding(
+        "calibration", "weak" if weak else "ok",
+        f"The confidence is off by {errors.ece:.3f} in the mean (a calibrated model would show {control:.3f} by chance); "
+        f"the model is {abs(gap.mean()):.3f} {side} confident than right.",
+        metrics, Table(("confidence", "rows", "mean confidence", "accuracy", "95 % interval"), _rows(confidence, right)),
+        _bins(confidence, right),
+        "Calibration on other data: a shift of the inputs moves it. The error depends on the bins, and is biased "
+        "upward on few rows; compare it with the chance value.",
+        papers=("neural_clamping",),
+    )  # fmt: skip
+
+
+def draw(finding: Finding) -> Figure:
+    """Accuracy against confidence, with the diagonal."""
+    s = finding.series
+    return _figures.reliability(s["confidence"], s["accuracy"], s["low"], s["high"], s["count"])
+
+
+def _bins(confidence: np.ndarray, right: np.ndarray, n_bins: int = 10) -> dict[str, list[float]]:
+    index = np.minimum((confidence * n_bins).astype(int), n_bins - 1)
+    found: dict[str, list[float]] = {
+        "confidence": [],
+        "accuracy": [],
+        "low": [],
+        "high": [],
+        "count": [],
+        "from": [],
+    }
+    for b in np.unique(index):
+        rows = index == b
+        k, n = int(right[rows].sum()), int(rows.sum())
+        low, high = share_interval(right[rows])
+        values = (confidence[rows].mean(), k / n, low, high, n, b / n_bins)
+        for key, value in zip(found, values, strict=True):
+            found[key].append(float(value))
+    return found
+
+
+def _rows(confidence: np.ndarray, right: np.ndarray) -> tuple[tuple[object, ...], ...]:
+    b = _bins(confidence, right)
+    return tuple(
+        (f"{start:.1f} to {start + 0.1:.1f}", int(n), round(c, 3), round(a, 3), f"[{low:.2f}, {high:.2f}]")
+        for c, a, low, high, n, start in zip(*b.values(), strict=True)
+    )
+
+
+def _ece(confidence: np.ndarray, right: np.ndarray) -> float:
+    index = np.minimum((confidence * BINS).astype(int), BINS - 1)
+    gap = np.bincount(index, confidence - right, minlength=BINS)
+    return float(np.abs(gap).sum() / len(confidence))

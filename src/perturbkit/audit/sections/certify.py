@@ -1,0 +1,187 @@
+"""What is proved: a radius within which no change of the input changes the answer."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, Literal
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from perturbkit.audit import _figures
+from perturbkit.audit._intervals import bootstrap, share_interval
+from perturbkit.audit._text import ablation_certificate
+from perturbkit.audit.context import Context
+from perturbkit.audit.finding import Finding, Metric, Table
+from perturbkit.audit.request import AuditRequest
+from perturbkit.audit.sections.attack import default_eps, unit
+from perturbkit.audit.subject import Subject
+from perturbkit.core import checks
+from perturbkit.robust import interval_bounds, randomized_smoothing
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+SHARE = 0.2
+NEEDS_MODEL = "a proof"
+DRAWS = {"quick": 64, "standard": 1000, "full": 10000}
+SIGMA = {"image": 0.1, "tabular": 0.25}
+_FAILURE = 0.01
+_HALVINGS = 12
+
+
+def evaluations(subject: Subject, request: AuditRequest) -> int:
+    """Rows evaluated for one row of data."""
+    return DRAWS[request.profile]
+
+
+def run(context: Context) -> Finding:
+    """Bound the network by intervals where it can be, and smooth it where it cannot."""
+    if context.subject.task == "text":
+        return _text(context)
+    subject = context.subject
+    rows = context.correct_rows(context.rows["certify"])
+    rows = rows[subject.predictions()[rows] == subject.y[rows]]
+    if len(rows) == 0:
+        return Finding(
+            "certify",
+            "not run",
+            "No row is answered rightly.",
+            why="no row is answered rightly: there is nothing to certify.",
+        )
+    try:
+        radius = _by_intervals(context, rows)
+    except checks.PerturbkitError as error:
+        return _smoothed(context, rows, str(error))
+    return _finding(
+        context, rows, radius, "linf", "the model", "interval bound propagation", "ibp_training",
+        "Radii beyond the bound: intervals are loose on deep networks, so a radius of zero proves nothing either way.",
+    )  # fmt: skip
+
+
+def draw(finding: Finding) -> Figure:
+    """Share of rows proved against the radius."""
+    series = finding.series
+    return _figures.survival(series["radius"], series["unit"], series["eps"], proved=True)
+
+
+def _by_intervals(context: Context, rows: Tensor) -> Tensor:
+    """Return the largest proved radius of each row, by bisection, in the largest-change norm."""
+    subject = context.subject
+    assert subject.oracle is not None
+    assert subject.x is not None
+    module = subject.oracle.fun
+    if not isinstance(module, torch.nn.Module):
+        raise checks.ModelError("the model is a function, not a module whose layers can be bounded.")
+    x, y, scale = subject.x[rows], subject.y[rows], context.scale
+    low, high = torch.zeros(len(x)), torch.full((len(x),), 0.5 if subject.task == "image" else 3.0)
+    for _ in range(_HALVINGS):
+        middle = (low + high) / 2
+        reach = middle.reshape(-1, *[1] * (x.ndim - 1)) * scale
+        lower, upper = x - reach, x + reach
+        if subject.bounds is not None:
+            lower, upper = lower.clamp(*subject.bounds), upper.clamp(*subject.bounds)
+        with subject.oracle.frozen(), torch.no_grad():
+            bottom, top = interval_bounds(module, lower, upper)
+        subject.oracle.nfev += 2 * len(x)
+        own = bottom.gather(1, y[:, None])[:, 0]
+        rival = top.scatter(1, y[:, None], -torch.inf).amax(1)
+        proved = own > rival
+        low, high = torch.where(proved, middle, low), torch.where(proved, high, middle)
+    return low
+
+
+def _smoothed(context: Context, rows: Tensor, why: str) -> Finding:
+    subject, request = context.subject, context.request
+    assert subject.x is not None
+    sigma = SIGMA[subject.task]
+    oracle, scale = context.scaled_oracle(), context.scale
+    n = DRAWS[request.profile]
+    found = randomized_smoothing(
+        oracle, subject.x[rows] / scale, sigma=sigma, n_selection=max(10, n // 10), n_samples=n - max(10, n // 10),
+        alpha=_FAILURE, generator=context.generator("smoothing"),
+    )  # fmt: skip
+    assert found.radius is not None
+    right = found.prediction == subject.y[rows]
+    radius = torch.where(right, found.radius, 0.0)
+    return _finding(
+        context, rows, radius, "l2", f"the smoothed model, sigma {sigma:g}", "randomized smoothing", "randomized_smoothing",
+        f"The model itself: {why} So the model smoothed by Gaussian noise was certified instead, which answers "
+        f"differently, in the Euclidean norm, each row with confidence {1 - _FAILURE:.0%}.",
+    )  # fmt: skip
+
+
+def _finding(
+    context: Context,
+    rows: Tensor,
+    radius: Tensor,
+    norm: Literal["linf", "l2"],
+    function: str,
+    method: str,
+    paper: str,
+    limits: str,
+) -> Finding:
+    subject, request = context.subject, context.request
+    values = radius.double().numpy()
+    eps = default_eps(request, subject) if norm == request.norm else 0.0
+    in_unit = unit(context.request.__class__(norm=norm), subject)
+    proved = (values > eps).astype(float)
+    low, high = bootstrap(values, context.generator("median"), np.median)
+    share_low, share_high = share_interval(proved)
+    metrics = (
+        Metric("radius.median", float(np.median(values)), low, high, len(values), method),
+        Metric(
+            "accuracy.at_eps",
+            float(proved.mean()),
+            share_low,
+            share_high,
+            len(values),
+            f"{method}, eps {eps:.3g}",
+        ),
+    )
+    weak = float(np.median(values)) <= eps
+    table = tuple(
+        (int(r), subject.classes[int(subject.y[r])], float(v)) for r, v in zip(rows, values, strict=True)
+    )[:20]
+    series: dict[str, Any] = {
+        "radius": values.tolist(),
+        "unit": in_unit,
+        "eps": eps,
+        "function": function,
+        "norm": norm,
+    }
+    return Finding(
+        "certify", "weak" if weak else "ok",
+        f"Of {function}, {proved.mean():.0%} of the rows are proved beyond {eps:.3g}; the median proved radius is "
+        f"{np.median(values):.3g} ({in_unit}).",
+        metrics, Table(("row", "class", "proved radius"), table), series, limits, papers=(paper,),
+    )  # fmt: skip
+
+
+def _text(context: Context) -> Finding:
+    subject, request = context.subject, context.request
+    rows = context.correct_rows(max(4, context.rows["certify"]))
+    counts = ablation_certificate(
+        subject, rows, n_draws=DRAWS[request.profile], alpha=_FAILURE, generator=context.generator("ablation")
+    )
+    values = np.array(counts, dtype=float)
+    low, high = bootstrap(values, context.generator("mean"))
+    some = float((values >= 1).mean())
+    some_low, some_high = share_interval(values >= 1)
+    table = tuple((int(r), subject.texts[int(r)][:80], int(v)) for r, v in zip(rows, values, strict=True))[
+        :20
+    ]
+    return Finding(
+        "certify", "ok" if some > 0 else "weak",
+        f"Of the model smoothed by random ablation of words, {some:.0%} of the texts are proved against replacing any "
+        f"one word, {values.mean():.2f} words in the mean.",
+        (
+            Metric("words.mean", float(values.mean()), low, high, len(values), "randomized ablation"),
+            Metric("accuracy.one_word", some, some_low, some_high, len(values), "randomized ablation"),
+        ),
+        Table(("row", "text", "words proved"), table),
+        {"radius": values.tolist(), "unit": "words replaced", "eps": 0.0, "function": "the ablated model", "norm": "words"},
+        "The model itself: the ablated model, which sees a random part of the words and takes a vote, was certified, "
+        f"each text with confidence {1 - _FAILURE:.0%}. Inserted or deleted words are not covered.",
+        papers=("randomized_ablation",),
+    )  # fmt: skip

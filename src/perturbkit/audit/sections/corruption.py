@@ -1,0 +1,96 @@
+"""What natural damage does: noise, blur, missing values, typing errors."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+
+from perturbkit.audit import _figures
+from perturbkit.audit._intervals import share_interval
+from perturbkit.audit._text import TEXT_CORRUPTIONS, corrupt_text
+from perturbkit.audit.context import Context
+from perturbkit.audit.finding import Finding, Metric, Table
+from perturbkit.audit.request import AuditRequest
+from perturbkit.audit.subject import Subject
+from perturbkit.robust import IMAGE_CORRUPTIONS, TABLE_CORRUPTIONS, corrupt
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+SHARE = 0.15
+NEEDS_MODEL = "damaging inputs"
+SEVERITIES = {"quick": (1, 3, 5), "standard": (1, 2, 3, 4, 5), "full": (1, 2, 3, 4, 5)}
+
+
+def kinds(task: str) -> tuple[str, ...]:
+    """Return the kinds of damage for a task."""
+    return {"image": IMAGE_CORRUPTIONS, "tabular": TABLE_CORRUPTIONS, "text": TEXT_CORRUPTIONS}[task]
+
+
+def evaluations(subject: Subject, request: AuditRequest) -> int:
+    """Rows evaluated for one row of data."""
+    return len(kinds(subject.task)) * len(SEVERITIES[request.profile])
+
+
+def run(context: Context) -> Finding:
+    """Measure the accuracy under each kind of damage and severity."""
+    subject, severities = context.subject, SEVERITIES[context.request.profile]
+    rows = context.correct_rows(min(subject.n, context.rows["corruption"]))
+    if len(rows) < subject.n:
+        # correct_rows prefers rows answered rightly; accuracy needs a fair sample.
+        rows = (
+            torch.randperm(subject.n, generator=context.generator("corruption rows"))[: len(rows)]
+            .sort()
+            .values
+        )
+    chosen = subject.take(rows)
+    clean = int((subject.predictions()[rows] == chosen.y).sum())
+    names = kinds(subject.task)
+    grid = [[_right(context, chosen, kind, severity) for severity in severities] for kind in names]
+    n = chosen.n
+    worst = min((k, i, j) for i, line in enumerate(grid) for j, k in enumerate(line))
+    low, high = share_interval(np.arange(n) < worst[0])
+    clean_low, clean_high = share_interval(np.arange(n) < clean)
+    mean = sum(map(sum, grid)) / (n * len(names) * len(severities))
+    metrics = [
+        Metric("accuracy.clean", clean / n, clean_low, clean_high, n, "no damage"),
+        Metric(
+            "accuracy.worst",
+            worst[0] / n,
+            low,
+            high,
+            n,
+            f"{names[worst[1]]}, severity {severities[worst[2]]}",
+        ),
+        Metric("accuracy.mean", mean, None, None, n, "over kinds and severities"),
+    ]
+    table = tuple((name, *(round(k / n, 3) for k in line)) for name, line in zip(names, grid, strict=True))
+    weak = high < 0.6 * clean / n or worst[0] / n < 0.6 * clean / n
+    return Finding(
+        "corruption", "weak" if weak else "ok",
+        f"Accuracy falls from {clean / n:.2f} to {worst[0] / n:.2f} at worst ({names[worst[1]]}, severity "
+        f"{severities[worst[2]]} of 5) and to {mean:.2f} in the mean.",
+        tuple(metrics), Table(("damage", *(f"severity {s}" for s in severities)), table),
+        {"kinds": list(names), "severities": list(severities), "accuracy": [[k / n for k in line] for line in grid]},
+        "Damage of other kinds, and how often each occurs where the model is used.",
+    )  # fmt: skip
+
+
+def draw(finding: Finding) -> Figure:
+    """Heat map of accuracy by kind and severity."""
+    s = finding.series
+    return _figures.heat_table(s["kinds"], s["severities"], s["accuracy"])
+
+
+def _right(context: Context, chosen: Subject, kind: str, severity: int) -> int:
+    generator = context.generator(f"{kind} {severity}")
+    if chosen.task == "text":
+        scores: Any = chosen.predict_texts([corrupt_text(t, kind, severity, generator) for t in chosen.texts])
+    else:
+        assert chosen.oracle is not None
+        assert chosen.x is not None
+        scale = None if chosen.task == "image" else context.scale
+        scores = chosen.oracle(corrupt(chosen.x, kind, severity, scale=scale, generator=generator))
+    return int((scores.argmax(1) == chosen.y).sum())

@@ -1,0 +1,186 @@
+"""The model and data under audit, opened and ready to be queried."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from perturbkit.core import Oracle, checks
+
+__all__ = ["Subject", "TextModel"]
+
+
+@dataclass(frozen=True)
+class TextModel:
+    """How a text classifier is read: by whole texts always, by embeddings where it has them.
+
+    Attributes
+    ----------
+    predict : callable
+        A list of n texts to logits or probabilities, Tensor of shape (n, classes).
+    tokenize : callable or None
+        A list of texts to ``(input_ids, attention_mask)``.
+    embed : callable or None
+        ``input_ids`` to embeddings, shape (n, tokens, width).
+    from_embeddings : callable or None
+        ``(embeddings, attention_mask)`` to logits, differentiable.
+    decode : callable or None
+        One row of ``input_ids`` to its tokens as text.
+    """
+
+    predict: Callable[[Sequence[str]], Tensor]
+    tokenize: Callable[[Sequence[str]], tuple[Tensor, Tensor]] | None = None
+    embed: Callable[[Tensor], Tensor] | None = None
+    from_embeddings: Callable[[Tensor, Tensor], Tensor] | None = None
+    decode: Callable[[Tensor], list[str]] | None = None
+
+
+@dataclass(eq=False)
+class Subject:
+    """A model, its data and what is known of both.
+
+    Attributes
+    ----------
+    name : str
+        What the report calls the model.
+    data_name : str
+        What the report calls the data.
+    task : {"image", "tabular", "text", "predictions"}
+        Which sections' variants apply.
+    oracle : Oracle or None
+        The model, answering logits or probabilities of shape (n, classes); ``None`` for predictions only.
+    x : Tensor or None
+        Inputs: images (n, channels, height, width) or tables (n, features).
+    texts : list of str
+        Inputs of a text model.
+    y : Tensor of int64, shape (n,)
+        Labels.
+    classes : tuple of str
+        Names of the classes, in the order of the outputs.
+    bounds : tuple or None
+        Lowest and highest valid input value.
+    feature_names : tuple of str
+        Names of a table's columns.
+    groups : tuple of str
+        A group a row, for coverage by group and splits that keep groups whole; empty where there is none.
+    text_model : TextModel or None
+        The text model.
+    given_probabilities : ndarray or None
+        Predictions from a file, shape (n, classes).
+    notes : list of str
+        What was found odd on opening, for the sanity section.
+    remarks : tuple of str
+        What a reader should know of the data, without anything being odd.
+    """
+
+    name: str
+    data_name: str
+    task: str
+    y: Tensor
+    classes: tuple[str, ...]
+    oracle: Oracle | None = None
+    x: Tensor | None = None
+    texts: list[str] = field(default_factory=list)
+    bounds: tuple[float, float] | None = None
+    feature_names: tuple[str, ...] = ()
+    groups: tuple[str, ...] = ()
+    text_model: TextModel | None = None
+    given_probabilities: np.ndarray | None = None
+    notes: list[str] = field(default_factory=list)
+    remarks: tuple[str, ...] = ()
+    _scores: Tensor | None = None
+    _gradient: bool | None = None
+
+    @property
+    def n(self) -> int:
+        """Number of rows."""
+        return len(self.y)
+
+    def take(self, rows: Tensor) -> Subject:
+        """Return the subject with only these rows; the model is shared, cached predictions are dropped."""
+        index = rows.tolist()
+        return Subject(
+            self.name, self.data_name, self.task, self.y[rows], self.classes, self.oracle,
+            None if self.x is None else self.x[rows],
+            [self.texts[i] for i in index] if self.texts else [],
+            self.bounds, self.feature_names,
+            tuple(self.groups[i] for i in index) if self.groups else (),
+            self.text_model,
+            None if self.given_probabilities is None else self.given_probabilities[index],
+            self.notes, self.remarks,
+            _gradient=self._gradient,
+        )  # fmt: skip
+
+    def scores(self) -> Tensor:
+        """Return the model's outputs on every row, shape (n, classes); evaluated once."""
+        if self._scores is None:
+            if self.given_probabilities is not None:
+                self._scores = torch.from_numpy(self.given_probabilities)
+            elif self.task == "text":
+                self._scores = self.predict_texts(self.texts)
+            else:
+                assert self.oracle is not None
+                assert self.x is not None
+                self._scores = self.oracle(self.x)
+        return self._scores
+
+    def probabilities(self) -> np.ndarray:
+        """Return class probabilities as float64, shape (n, classes); logits go through a softmax."""
+        return to_probabilities(self.scores())
+
+    def predictions(self) -> Tensor:
+        """Return the predicted class of every row."""
+        return self.scores().argmax(1)
+
+    def predict_texts(self, texts: Sequence[str]) -> Tensor:
+        """Return the outputs on texts, counted as evaluations of the oracle, in batches of 64."""
+        assert self.text_model is not None
+        assert self.oracle is not None
+        parts = []
+        for start in range(0, len(texts), 64):
+            batch = list(texts[start : start + 64])
+            with self.oracle.frozen(), torch.no_grad():
+                out = self.text_model.predict(batch)
+            self.oracle.nfev += len(batch)
+            parts.append(torch.as_tensor(out))
+        return torch.cat(parts)
+
+    def has_gradient(self) -> bool:
+        """Whether gradients reach the inputs: tried once on one row."""
+        if self._gradient is None:
+            self._gradient = self._try_gradient()
+        return self._gradient
+
+    def _try_gradient(self) -> bool:
+        if self.task == "predictions" or self.oracle is None:
+            return False
+        try:
+            if self.task == "text":
+                model = self.text_model
+                if model is None or not (model.embed and model.from_embeddings and model.tokenize):
+                    return False
+                ids, mask = model.tokenize(self.texts[:1])
+                embedded = model.embed(ids)
+                gradient = Oracle(model.from_embeddings, chunk_size=1).gradient(embedded, 0, mask)
+            else:
+                assert self.x is not None
+                gradient = self.oracle.gradient(self.x[:1], self.predictions()[:1])
+        except (RuntimeError, TypeError, checks.PerturbkitError):
+            return False
+        return bool(torch.isfinite(gradient).all()) and bool((gradient != 0).any())
+
+
+def to_probabilities(scores: Tensor) -> np.ndarray:
+    """Return probabilities from logits or probabilities, as float64.
+
+    Rows that are in [0, 1] and sum to one within 1e-3 are taken for probabilities.
+    """
+    s = scores.detach().double().cpu()
+    if bool((s >= -1e-6).all()) and bool(((s.sum(1) - 1).abs() < 1e-3).all()):
+        p = s.clamp(0, 1)
+        return (p / p.sum(1, keepdim=True)).numpy()
+    return s.softmax(1).numpy()

@@ -1,7 +1,10 @@
 from . import audit as audit
 from . import core as core
 from . import data as data
+from . import diffusion as diffusion
 from . import explain as explain
+from . import numerics as numerics
+from . import optim as optim
 from . import papers as papers
 from . import robust as robust
 from . import uncertainty as uncertainty

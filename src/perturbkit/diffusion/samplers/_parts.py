@@ -1,0 +1,65 @@
+"""What the samplers share: the grid with its coefficients as plain numbers, and the checks at the door."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from perturbkit.core import Cost, Denoiser, SampleResult, Schedule, checks
+
+__all__ = ["Path", "Point", "check_start"]
+
+
+@dataclass(frozen=True)
+class Point:
+    """One time with its coefficients, as floats: no kernel is launched and no device is waited for."""
+
+    time: float
+    alpha: float
+    sigma: float
+    lam: float
+
+    @classmethod
+    def at(cls, schedule: Schedule, t: float) -> Point:
+        """Return the coefficients at a time."""
+        return cls(t, float(schedule.alpha(t)), float(schedule.sigma(t)), float(schedule.lam(t)))
+
+
+class Path:
+    """A decreasing grid of times with its coefficients in float64."""
+
+    def __init__(self, denoiser: Denoiser, times: Tensor) -> None:
+        grid = times.detach().to("cpu", torch.float64)
+        schedule = denoiser.schedule
+        columns = (grid, schedule.alpha(grid), schedule.sigma(grid), schedule.lam(grid))
+        self.points = [Point(*row) for row in zip(*(c.tolist() for c in columns), strict=True)]
+        self.times = [p.time for p in self.points]
+        self.n_steps = len(self.points) - 1
+        self._grid = grid
+
+    def result(self, x: Tensor, nfev: int) -> SampleResult:
+        """Return the state at the end of the path."""
+        return SampleResult(x, self._grid, Cost(nfev=nfev))
+
+
+def check_start(denoiser: Denoiser, x: Tensor, times: Tensor) -> None:
+    """Check what every sampler is given."""
+    if not isinstance(denoiser, Denoiser):
+        raise checks.ArgumentTypeError(
+            f"denoiser is a {type(denoiser).__name__}; allowed: a core.Denoiser. Wrap the network: "
+            "Denoiser(network, schedule, predicts='eps')."
+        )
+    checks.tensor("x", x)
+    checks.tensor("times", times, ndim=1)
+    if len(times) < 2 or not bool((times.diff() < 0).all()) or float(times[-1]) < 0:
+        raise checks.ArgumentError(
+            f"times has {len(times)} values from {float(times[0]):g} to {float(times[-1]):g}; allowed: at least two, "
+            "strictly decreasing, none below zero. Use schedule.times(n_steps)."
+        )
+    if float(times[0]) > denoiser.schedule.t_max * (1 + 1e-9):
+        raise checks.ArgumentError(
+            f"times starts at {float(times[0]):g}; allowed: at most {denoiser.schedule.t_max:g}, the schedule's last "
+            "time. Start there."
+        )

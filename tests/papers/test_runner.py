@@ -160,7 +160,7 @@ def test_the_fingerprint_covers_the_method(tmp_path, monkeypatch):
     assert len({before, with_method, fingerprint(record)}) == 3
 
 
-def test_with_several_at_once_each_keeps_to_one_core(tmp_path):
+def test_each_keeps_to_one_core(tmp_path):
     body = (
         'import os; return Evidence([Comparison("m", int(os.environ.get("OMP_NUM_THREADS", 0)), 1, "equal")])'
     )

@@ -104,8 +104,7 @@ def run_papers(
         report(outcome, done, len(records))
     if todo:
         with _executor(executor, cluster, jobs) as (chosen, processes):
-            one_core = jobs > 1 or processes is None
-            tasks = [_Task.of(record, seed, timeout, one_core) for record in todo]
+            tasks = [_Task.of(record, seed, timeout) for record in todo]
             local = () if processes is None else (processes,)
             futures = {chosen.submit(run_task, t, *local): r for t, r in zip(tasks, todo, strict=True)}
             for outcome in _collected(futures, out, seed):
@@ -141,15 +140,14 @@ class _Task:
     path: str
     seed: int
     timeout: float
-    one_core: bool
 
     @classmethod
-    def of(cls, record: PaperRecord, seed: int, timeout: float, one_core: bool) -> _Task:
+    def of(cls, record: PaperRecord, seed: int, timeout: float) -> _Task:
         # Those that ship with perturbkit go by their place in it: on another machine it may be installed elsewhere.
         path = (
             record.path.relative_to(PAPERS) if record.path.is_relative_to(PAPERS) else record.path.resolve()
         )
-        return cls(str(path), seed, timeout, one_core)
+        return cls(str(path), seed, timeout)
 
 
 class _Processes:
@@ -184,8 +182,8 @@ class _Processes:
 def run_task(task: _Task, processes: _Processes | None = None) -> Outcome:
     """Run one reproduction in a process of its own and return its answer; it never raises for what that one did."""
     environment = os.environ | {"MPLBACKEND": "Agg"}
-    if task.one_core:
-        environment |= dict.fromkeys(("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"), "1")
+    # A reproduction is sized for one core; threads that wait for each other on a busy machine cost more than they save.
+    environment |= dict.fromkeys(("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"), "1")
     with tempfile.TemporaryDirectory(prefix="perturbkit-") as folder:
         request, answer, log = (Path(folder) / name for name in ("request.json", "answer.json", "log.txt"))
         request.write_text(json.dumps({"path": str(PAPERS / task.path), "seed": task.seed}), encoding="utf-8")

@@ -39,6 +39,7 @@ def exact(x, schedule, t_end, variance=1.0):
 
 VP = VPSchedule()
 EXAMPLE = Example(
+    read=lambda result: [result.x],
     call=lambda generator, dtype: sample_ddim(
         gaussian(VP), start(VP, dtype=dtype), VP.times(6), eta=1.0, generator=generator
     ),

@@ -39,6 +39,7 @@ def constant(schedule, value):
 
 
 EXAMPLE = Example(
+    read=lambda result: [result.x],
     call=lambda generator, dtype: sample_dpm_solver(
         mixture()[0], start(4, dtype=dtype), VE.times(4, t_end=0.0)
     ),

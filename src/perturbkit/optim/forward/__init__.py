@@ -1,0 +1,1 @@
+"""Gradients from forward-mode differentiation, without a backward pass."""

@@ -204,7 +204,7 @@ def _with_progress(opened: Any, request: Any, audit_subject: Any, quiet: bool) -
             weights.update({s.name: max(s.evaluations, 50) for s in news.sections})
             took = f"{news.seconds:.0f} s" if news.seconds < 100 else f"{news.seconds / 60:.0f} min"
             console.print(
-                f"{'plan':<13}{'':<8}{len(news.sections)} sections, about {news.evaluations:,} evaluations, {took}"
+                f"{'plan':<13}{'':<8}{_counted(len(news.sections), 'section')}, about {news.evaluations:,} evaluations, {took}"
             )
             if bar is not None:
                 bar.update(0, total=sum(weights.values()))
@@ -230,6 +230,10 @@ def _bar(console: Any) -> Any:
         TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn(), TextColumn("left"), TimeRemainingColumn(),
         console=console, transient=True,
     )  # fmt: skip
+
+
+def _counted(n: int, noun: str) -> str:
+    return f"{n:,} {noun}" if n == 1 else f"{n:,} {noun}s"
 
 
 def _escaped(text: str) -> str:

@@ -478,10 +478,16 @@ def _open_predictions(path: Path, label: str, group: str | None) -> Subject:
     labels = _column(frame, label, path, "--label")
     groups = tuple(str(v) for v in _column(frame, group, path, "--groups")) if group else ()
     table = frame.drop(columns=[label, *([group] if group else [])])
+    for column in table.columns:
+        if table[column].dtype.kind not in "iufb":
+            raise checks.DataError(
+                f"{path} has text in column {str(column)!r}; allowed: probabilities in every column but the label"
+                f"{'' if group else ' and the group'}. Drop the column, or name it with --groups."
+            )
     try:
         p = checks.probabilities("the predictions", table.to_numpy(dtype=float))
-    except (ValueError, TypeError, checks.PerturbkitError) as error:
-        raise checks.DataError(f"{path}: {_first_line(error)}") from error
+    except checks.PerturbkitError as error:
+        raise checks.DataError(f"{path}: {error}") from error
     names = tuple(str(c) for c in table.columns)
     numeric = labels.dtype.kind in "iufb"
     y, _ = _encode_labels(labels, path, () if numeric else names)

@@ -129,7 +129,7 @@ class Report:
 
     def to_dict(self) -> dict[str, Any]:
         """Return the report as plain JSON values, with a schema version."""
-        request = asdict(self.request)
+        request = {k: list(v) if isinstance(v, tuple) else v for k, v in asdict(self.request).items()}
         request["out"] = None if self.request.out is None else str(self.request.out)
         return {
             "schema": SCHEMA, "version": __version__, "request": request, "model": self.model, "data": self.data,

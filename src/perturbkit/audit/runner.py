@@ -148,6 +148,7 @@ def audit_subject(
     announce: Callable[[Finding | Plan], None] | None = None,
 ) -> Report:
     """Audit an opened subject; ``announce`` hears the plan and each finding as it is finished."""
+    _prepare(request.out)
     chosen = _choose_rows(subject, request)
     plan = make_plan(chosen, request)
     if announce is not None:
@@ -220,12 +221,26 @@ def _from_predictions(predictions: Any, labels: Any) -> Subject:
     )  # fmt: skip
 
 
+def _prepare(out: Path | None) -> None:
+    """Make the folder of findings before anything is spent, without those of an earlier audit."""
+    if out is None:
+        return
+    folder = out / "findings"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        for old in folder.glob("*.json"):
+            old.unlink()
+    except OSError as error:
+        raise checks.ArgumentError(
+            f"out is {out}, which cannot be written ({error.strerror}); allowed: a folder of yours. Choose another."
+        ) from error
+
+
 def _keep(finding: Finding, out: Path | None) -> None:
     """Save a finding as it is finished, so that a crash loses none."""
     if out is None:
         return
     folder = out / "findings"
-    folder.mkdir(parents=True, exist_ok=True)
     part = folder / f"{finding.section}.json.part"
     part.write_text(json.dumps(finding.to_dict()), encoding="utf-8")
     part.replace(folder / f"{finding.section}.json")

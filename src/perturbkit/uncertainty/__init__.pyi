@@ -1,0 +1,16 @@
+from .calibration.calibration_errors import CalibrationErrors as CalibrationErrors
+from .calibration.calibration_errors import calibration_errors as calibration_errors
+from .calibration.neural_clamping import NeuralClamping as NeuralClamping
+from .calibration.neural_clamping import TemperatureScaling as TemperatureScaling
+from .conformal.conformalized_early_stopping import ConformalizedEarlyStopping as ConformalizedEarlyStopping
+from .conformal.conformalized_early_stopping import IntervalUnion as IntervalUnion
+from .conformal.conformalized_early_stopping import train_with_snapshots as train_with_snapshots
+from .conformal.r2ccp import R2CCP as R2CCP
+from .conformal.split_conformal import DriftReport as DriftReport
+from .conformal.split_conformal import SplitConformalClassifier as SplitConformalClassifier
+from .conformal.split_conformal import SplitConformalRegressor as SplitConformalRegressor
+from .propagation.stable_distribution_propagation import StableCauchy as StableCauchy
+from .propagation.stable_distribution_propagation import StableGaussian as StableGaussian
+from .propagation.stable_distribution_propagation import pairwise_probability as pairwise_probability
+from .propagation.stable_distribution_propagation import propagate as propagate
+from .propagation.stable_distribution_propagation import sdp_loss as sdp_loss

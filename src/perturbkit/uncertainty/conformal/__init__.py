@@ -1,0 +1,1 @@
+"""Sets and intervals that hold the truth with a stated chance, in finite samples, whatever the model."""

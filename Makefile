@@ -37,7 +37,7 @@ check: $(VENV)/.test ## the quick subset: format, lint, types, contracts and the
 	$(BIN)/ruff check src tests benchmarks
 	$(BIN)/mypy
 	$(BIN)/lint-imports
-	$(BIN)/python -m pytest -q -n 2 tests/core tests/test_stubs.py
+	$(BIN)/python -m pytest -q -n 2 tests/core tests/dev/test_stubs.py
 
 test: $(VENV)/.test ## everything that must hold
 	$(BIN)/ruff format --check src tests benchmarks

@@ -39,3 +39,16 @@ def stubs(
     if check and found:
         typer.echo("write them with: perturbkit dev stubs", err=True)
         raise typer.Exit(1)
+
+
+@app.command()
+def docs(
+    out: Annotated[Path, typer.Option("--out", help="Folder of the generated pages.")] = Path(
+        "docs/reference"
+    ),
+) -> None:
+    """Write the generated pages of the site: the reference by package, and the matrix of methods."""
+    from perturbkit.dev.reference import write_reference
+
+    for path in write_reference(out):
+        typer.echo(f"wrote {path}")

@@ -83,7 +83,7 @@ def coloured_words(cells: list[list[str]], maps: dict[str, list[list[float]]], t
             line: list[tuple[str, float]] = []
             length = 0
             for word, value in zip(cells[i], values[i], strict=False):
-                if length + len(word) > 74:
+                if length + len(word) > 100:
                     lines.append(("", line))
                     line, length = [], 0
                 line.append((word, value / limit))
@@ -103,7 +103,8 @@ def coloured_words(cells: list[list[str]], maps: dict[str, list[list[float]]], t
                 bbox={"facecolor": color, "alpha": 0.65, "edgecolor": "none", "pad": 1.2},
             )  # fmt: skip
             column += len(word) + 1
-    ax.set_xlim(-0.5, 76)
+    # One column is one letter of this size.
+    ax.set_xlim(-0.5, 104)
     ax.set_ylim(-len(lines), 0.7)
     ax.set_axis_off()
     return figure

@@ -5,10 +5,12 @@ from __future__ import annotations
 import base64
 import json
 import math
+import re
 from pathlib import Path
 from typing import Any
 
 import jinja2
+import markupsafe
 
 from perturbkit._version import __version__
 from perturbkit.audit._figures import to_svg
@@ -98,6 +100,7 @@ def _environment() -> jinja2.Environment:
         undefined=jinja2.StrictUndefined,
     )  # fmt: skip
     environment.filters["number"] = _number
+    environment.filters["breakable"] = _breakable
     environment.filters["duration"] = lambda s: f"{s:.0f} s" if s < 100 else f"{s / 60:.1f} min"
     return environment
 
@@ -115,6 +118,12 @@ def _number(value: Any) -> str:
     if math.isinf(value):
         return "beyond reach"
     return f"{value:.3f}" if value == 0 or 1e-3 <= abs(value) < 1e4 else f"{value:.2g}"
+
+
+def _breakable(name: str) -> markupsafe.Markup:
+    """Let a long dotted name break after a dot or an underscore."""
+    parts = re.split(r"(?<=[._])", name)
+    return markupsafe.Markup("<wbr>").join(markupsafe.escape(p) for p in parts)
 
 
 def _strict(value: Any) -> Any:

@@ -21,7 +21,7 @@ from perturbkit.audit.subject import Subject
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-SHARE = 0.25
+SHARE = 0.2
 NEEDS_MODEL = "explaining"
 _SHOWN = 4
 

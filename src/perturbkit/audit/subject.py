@@ -168,7 +168,8 @@ class Subject:
                 gradient = Oracle(model.from_embeddings, chunk_size=1).gradient(embedded, 0, mask)
             else:
                 assert self.x is not None
-                gradient = self.oracle.gradient(self.x[:1], self.predictions()[:1])
+                one = self.x[:1]
+                gradient = self.oracle.gradient(one, self.oracle(one).argmax(1))
         except (RuntimeError, TypeError, checks.PerturbkitError):
             return False
         return bool(torch.isfinite(gradient).all()) and bool((gradient != 0).any())

@@ -4,6 +4,10 @@ VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 
+# Two test workers share two cores, so each keeps to one thread; threads that wait do not spin.
+export OMP_WAIT_POLICY := PASSIVE
+test check: export OMP_NUM_THREADS := 1
+
 .DEFAULT_GOAL := help
 .PHONY: help demo test check bench papers gallery docs format browser clean
 

@@ -6,6 +6,7 @@ Thin: it mounts the commands of the packages, which import what is heavy only wh
 from __future__ import annotations
 
 import importlib
+import os
 import sys
 from importlib.util import find_spec
 from typing import Annotated
@@ -15,6 +16,9 @@ import typer
 from perturbkit._version import __version__
 
 __all__ = ["app", "main"]
+
+# Set before torch is loaded: threads that spin while they wait make a busy machine several times slower.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 app = typer.Typer(
     name="perturbkit",

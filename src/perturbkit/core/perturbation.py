@@ -255,8 +255,8 @@ class BallInBox:
     -----
     ``project`` is the exact Euclidean projection, not clipping one after the other. With soft thresholding
     :math:`S`, it is :math:`\mathrm{clip}(z)` to the smaller interval for linf, :math:`\mathrm{clip}(t z, l, u)`
-    for l2 and :math:`\mathrm{clip}(S_\lambda(z), l, u)` for l1. The multiplier solves a piecewise equation: its
-    breakpoints are sorted, the piece is found by binary search and solved in closed form, O(d log d) in all.
+    for l2 and :math:`\mathrm{clip}(S_\lambda(z), l, u)` for l1. The multiplier solves a piecewise equation, by
+    Newton steps from piece to piece inside a bracket: a few passes over the row, exact to rounding.
     The l2 support is attained at :math:`\mathrm{clip}(t g, l, u)`, the l1 support by spending the radius on the
     coordinates of largest :math:`|g|`, each up to its bound.
 
@@ -325,10 +325,12 @@ class BallInBox:
         if bool(inside.all()):
             return clipped.reshape(delta.shape)
         if self.ball.norm == "l2":
-            out = torch.clamp(_l2_scale(z, low, high, radius).clamp_max(1) * z, low, high)
+            one = torch.ones_like(radius)
+            scale = torch.where(inside, one, _l2_root(z, low, high, radius, one, one))
+            out = torch.clamp(z * scale, low, high)
         else:
-            out = torch.clamp(_soft(z, _l1_box_threshold(z, low, high, radius)), low, high)
-        return torch.where(inside, clipped, out).reshape(delta.shape)
+            out = torch.where(inside, clipped, _l1_box(z, low, high, radius))
+        return out.reshape(delta.shape)
 
     def contains(self, delta: Tensor, atol: float = 1e-6) -> Tensor:
         """Return whether each row lies in both."""
@@ -756,7 +758,7 @@ def _positive(value: Tensor) -> Tensor:
 
 
 def _soft(z: Tensor, threshold: Tensor) -> Tensor:
-    return z.sign() * torch.relu(z.abs() - threshold)
+    return z - torch.clamp(z, -threshold, threshold)
 
 
 def _near(low: Tensor, high: Tensor) -> Tensor:
@@ -796,82 +798,97 @@ def sum_threshold(values: Tensor, total: Tensor) -> Tensor:
     return (summed - total) / inside.sum(1, keepdim=True)
 
 
-def _piece(breaks: Tensor, above: Callable[[Tensor], Tensor]) -> tuple[Tensor, Tensor]:
-    """Return the neighbouring breakpoints (n, 1) between which ``above`` turns from false to true.
-
-    ``above(t)`` says for each row whether a function that never falls exceeds its bound at t. The search ends
-    at the last breakpoint where it does not, after log2 of their number evaluations.
-    """
-    ordered = breaks.sort(dim=1).values
-    low = torch.zeros(len(breaks), 1, dtype=torch.long, device=breaks.device)
-    high = torch.full_like(low, ordered.shape[1])
-    for _ in range(ordered.shape[1].bit_length()):
-        middle = (low + high) // 2
-        over = above(ordered.gather(1, middle.clamp_max(ordered.shape[1] - 1)))
-        low, high = torch.where(over | (low >= high - 1), low, middle), torch.where(over, middle, high)
-    end = torch.full_like(ordered[:, :1], math.inf)
-    return ordered.gather(1, low), torch.cat((ordered, end), 1).gather(1, low + 1)
-
-
-def _inside(left: Tensor, right: Tensor) -> Tensor:
-    """Return a point between two breakpoints, the right one perhaps infinite."""
-    return torch.where(right.isinf(), 2 * left + 1, left + (right.nan_to_num(posinf=0) - left) / 2)
-
-
 def _oriented(z: Tensor, low: Tensor, high: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Mirror coordinates so that z >= 0: return its magnitude and the mirrored bounds."""
-    return z.abs(), torch.where(z < 0, -high, low), torch.where(z < 0, -low, high)
+    negative = z < 0
+    return z.abs(), torch.where(negative, -high, low), torch.where(negative, -low, high)
+
+
+def _root(step: Callable[[Tensor], tuple[Tensor, ...]], start: Tensor, low: Tensor, high: Tensor) -> Tensor:
+    """Return the largest t (n, 1) between two non-negative ends at which a function that never falls is not above zero.
+
+    ``step(t)`` returns the function at t, the root of the piece that t lies on (NaN where that is flat), and the point
+    to try next. Inside a bracket, these take a few steps for most inputs. Where they would pass one breakpoint at a
+    time, the bracket is halved instead, counted in floating-point numbers, so that their number is bounded whatever
+    the scales.
+    """
+    tolerance = 2 * torch.finfo(low.dtype).eps
+    t, found = start, torch.zeros_like(low)
+    open_ = torch.ones_like(low, dtype=torch.bool)
+    for count in range(4 * torch.finfo(low.dtype).bits):
+        value, root, better = step(t)
+        low, high = torch.where(value > 0, low, t), torch.where(value > 0, t, high)
+        inside = (root >= low) & (root <= high)
+        found = torch.where(open_, torch.where(inside, root, low), found)
+        open_ &= ~(inside & ((root - t).abs() <= tolerance * t) | (high - low <= tolerance * low))
+        if not bool(open_.any()):
+            break
+        if count < 8 or count % 2:
+            t = torch.where(
+                (better >= low) & (better <= high), better, torch.where(inside, root, _half_way(low, high))
+            )
+        else:
+            t = _half_way(low, high)
+    return found
+
+
+def _half_way(low: Tensor, high: Tensor) -> Tensor:
+    """Return the middle of two non-negative numbers, counted in floating-point numbers between them."""
+    whole = {2: torch.int16, 4: torch.int32, 8: torch.int64}[low.element_size()]
+    left, right = low.contiguous().view(whole), high.contiguous().view(whole)
+    return (left + (right - left) // 2).view(low.dtype)
 
 
 def _l2_scale(z: Tensor, low: Tensor, high: Tensor, radius: Tensor) -> Tensor:
     """Return the largest t with ||clip(t z, low, high)||_2 <= radius, infinite where every t will do."""
+    unbound = torch.linalg.vector_norm(_corner(z, low, high), dim=1, keepdim=True) <= radius
+    length = torch.linalg.vector_norm(z, dim=1, keepdim=True)
+    # A first guess from the ball alone, and an interval of one point where there is nothing to find.
+    start = (radius / _positive(length)).masked_fill(unbound, 0)
+    limit = torch.full_like(radius, torch.finfo(radius.dtype).max).masked_fill(unbound, 0)
+    return torch.where(unbound, math.inf, _l2_root(z, low, high, radius, start, limit))
+
+
+def _l2_root(z: Tensor, low: Tensor, high: Tensor, radius: Tensor, start: Tensor, limit: Tensor) -> Tensor:
+    """Return the largest t <= limit with ||clip(t z, low, high)||_2 <= radius."""
+    free, value = torch.empty_like(z), torch.empty_like(z)
+
+    def step(t: Tensor) -> tuple[Tensor, ...]:
+        torch.mul(z, t, out=free)
+        torch.clamp(free, low, high, out=value)
+        total = torch.linalg.vector_norm(value, dim=1, keepdim=True)
+        moving = torch.linalg.vector_norm(value.mul_(free.eq_(value)), dim=1, keepdim=True)
+        excess = (total - radius) * (total + radius)
+        # The moving part grows as t^2, the clipped part stays: moving^2 (t'/t)^2 = moving^2 - excess.
+        root = t * (1 - excess / moving.square()).sqrt()
+        return excess, root, root
+
+    # Squares of tiny numbers vanish, so a radius of zero is set apart.
+    return torch.where(radius > 0, _root(step, start, torch.zeros_like(radius), limit), 0)
+
+
+def _l1_box(z: Tensor, low: Tensor, high: Tensor, radius: Tensor) -> Tensor:
+    """Return clip(soft(z, threshold), low, high) with the smallest threshold >= 0 that brings it into the l1 ball."""
     size, lower, upper = _oriented(z, low, high)
+    # Measured from the largest element, thresholds and what exceeds them are exact though they nearly cancel.
+    peak = size.amax(1, keepdim=True)
+    below = peak - size
+    soft, value, moves = torch.empty_like(z), torch.empty_like(z), torch.empty_like(z)
+    wide = torch.promote_types(z.dtype, torch.float32)  # counts are exact
 
-    def norm(t: Tensor) -> Tensor:
-        return torch.linalg.vector_norm(torch.clamp(t * size, lower, upper), dim=1, keepdim=True)
+    def step(depth: Tensor) -> tuple[Tensor, ...]:
+        torch.sub(depth, below, out=soft).relu_()
+        torch.clamp(soft, lower, upper, out=value)
+        torch.eq(value, soft, out=moves)
+        moving = moves.mul_(soft.ne_(0)).sum(1, keepdim=True, dtype=wide).to(z.dtype)
+        length = value.abs_().sum(1, keepdim=True)
+        # Tails of data fall about exponentially: a step on the logarithm gets there sooner.
+        better = depth + length / moving * (radius / length).log()
+        return length - radius, depth + (radius - length) / moving, better
 
-    still = size == 0
-    safe = torch.where(still, torch.ones_like(size), size)
-    enters, leaves = lower.clamp_min(0) / safe, upper.clamp_min(0) / safe
-    finite = torch.cat((torch.zeros_like(radius), enters, leaves), 1)
-    # Infinite breakpoints are never reached; repeating zero in their place leaves the order of the others.
-    finite = torch.where(finite.isinf(), torch.zeros_like(finite), finite)
-    left, right = _piece(finite, lambda t: norm(t) > radius)
-    t = _inside(left, right)
-    value = torch.clamp(t * size, lower, upper)
-    moving = (t * size > lower) & (t * size < upper) & ~still
-    fixed = torch.where(moving, torch.zeros_like(value), value)
-    slope = torch.linalg.vector_norm(torch.where(moving, size, torch.zeros_like(size)), dim=1, keepdim=True)
-    rest = (radius.square() - fixed.square().sum(1, keepdim=True)).clamp_min(0).sqrt()
-    root = torch.where(slope > 0, rest / _positive(slope), torch.where(right.isinf(), right, left))
-    return torch.minimum(torch.maximum(root, left), right)
-
-
-def _l1_box_threshold(z: Tensor, low: Tensor, high: Tensor, radius: Tensor) -> Tensor:
-    """Return the smallest threshold >= 0 with ||clip(soft(z, threshold), low, high)||_1 <= radius."""
-    size, lower, upper = _oriented(z, low, high)
-
-    def shrunk(threshold: Tensor) -> Tensor:
-        return torch.clamp(torch.relu(size - threshold), lower, upper)
-
-    zero = torch.zeros_like(radius)
-    breaks = torch.cat((zero, (size - upper).clamp_min(0), (size - lower.clamp_min(0)).clamp_min(0)), 1)
-    # The norm falls with the threshold, so that "not yet small enough" turns from true to false.
-    left, right = _piece_falling(breaks, lambda t: shrunk(t).abs().sum(1, keepdim=True) > radius)
-    t = _inside(left, right)
-    value = shrunk(t)
-    moving = (size - t > lower.clamp_min(0)) & (size - t < upper)
-    count = moving.sum(1, keepdim=True)
-    fixed = torch.where(moving, torch.zeros_like(value), value.abs()).sum(1, keepdim=True)
-    total = torch.where(moving, size, torch.zeros_like(size)).sum(1, keepdim=True)
-    root = torch.where(count > 0, (total + fixed - radius) / count.clamp_min(1), right)
-    # Beyond the last breakpoint nothing moves any more.
-    return torch.where(right.isinf(), left, torch.minimum(torch.maximum(root, left), right))
-
-
-def _piece_falling(breaks: Tensor, above: Callable[[Tensor], Tensor]) -> tuple[Tensor, Tensor]:
-    """Like :func:`_piece` for a function that never rises: the last breakpoint where it is above, and the next."""
-    return _piece(breaks, lambda t: ~above(t))
+    depth = _root(step, peak, torch.zeros_like(radius), peak)
+    out = torch.clamp((depth - below).relu_(), lower, upper)
+    return torch.where(z < 0, -out, out)
 
 
 def _knapsack(g: Tensor, low: Tensor, high: Tensor, radius: Tensor) -> Tensor:

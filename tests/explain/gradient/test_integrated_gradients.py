@@ -2,10 +2,10 @@
 
 import pytest
 import torch
-from _common import Example
 from torch import nn
 
-from perturbkit.core import Oracle, checks
+from _common import Example
+from perturbkit.core import Oracle
 from perturbkit.explain import adaptive_integrated_gradients, check_axioms, integrated_gradients
 
 

@@ -6,6 +6,7 @@ Yan (2017), Axiomatic Attribution for Deep Networks, arXiv:1703.01365.
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Literal
@@ -58,14 +59,7 @@ class AxiomReport(Result):
     @property
     def failed(self) -> tuple[str, ...]:
         """Names of the axioms violated by more than ``tol``."""
-        names = (
-            "completeness",
-            "sensitivity_a",
-            "sensitivity_b",
-            "implementation_invariance",
-            "linearity",
-            "symmetry",
-        )
+        names = [f.name for f in dataclasses.fields(self) if f.name != "tol"]
         return tuple(n for n in names if not getattr(self, n) <= self.tol)
 
 
@@ -275,22 +269,18 @@ def check_axioms(
             worst["completeness"], float((scores.sum(1) - change).abs().max()) / scale
         )
         other = models[(i + 1) % len(models)]
-        both = method(lambda z, f=f, o=other: _output(f, z) + 2 * _output(o, z), x, b)
+        both = method(_combined(f, other), x, b)
         worst["linearity"] = max(
             worst["linearity"], float((both - scores - 2 * method(other, x, b)).abs().max()) / scale
         )
-        twin = method(lambda z, f=f: _output(f, torch.relu(z) - torch.relu(-z)), x, b)
+        twin = method(_after(lambda z: torch.relu(z) - torch.relu(-z), f), x, b)
         worst["invariance"] = max(worst["invariance"], float((twin - scores).abs().max()) / scale)
         wide, wide_b = (torch.cat([z, randn((8, 1), generator=g, like=z)], 1) for z in (x, b))
-        ignored = method(lambda z, f=f: _output(f, z[:, :d]), wide, wide_b)[:, d]
+        ignored = method(_after(lambda z: z[:, :d], f), wide, wide_b)[:, d]
         worst["b"] = max(worst["b"], float(ignored.abs().max()) / scale)
         x_equal, b_equal = x.clone(), b.clone()
         x_equal[:, 1], b_equal[:, 1] = x[:, 0], b[:, 0]
-        merged = method(
-            lambda z, f=f: _output(f, torch.cat([z[:, :1] + z[:, 1:2], z[:, 1:2] * 0, z[:, 2:]], 1)),
-            x_equal,
-            b_equal,
-        )
+        merged = method(_after(_first_two_added, f), x_equal, b_equal)
         worst["symmetry"] = max(worst["symmetry"], float((merged[:, 0] - merged[:, 1]).abs().max()) / scale)
         one = b.clone()
         one[:, i % d] = x[:, i % d]
@@ -304,6 +294,18 @@ def check_axioms(
         worst["completeness"], blind / max(moved, 1), worst["b"], worst["invariance"], worst["linearity"],
         worst["symmetry"], tol,
     )  # fmt: skip
+
+
+def _combined(f: Callable[[Tensor], Tensor], other: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
+    return lambda z: _output(f, z) + 2 * _output(other, z)
+
+
+def _after(first: Callable[[Tensor], Tensor], f: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
+    return lambda z: _output(f, first(z))
+
+
+def _first_two_added(z: Tensor) -> Tensor:
+    return torch.cat([z[:, :1] + z[:, 1:2], z[:, 1:2] * 0, z[:, 2:]], 1)
 
 
 def _baselines(baseline: Tensor | float, x: Tensor) -> Tensor:
@@ -328,8 +330,7 @@ def _quadrature(n: int, rule: Rule, x: Tensor) -> tuple[Tensor, Tensor]:
         weights[[0, -1]] /= 2
     else:
         nodes, weights = (np.arange(n) + 0.5) / n, np.full(n, 1 / n)
-    as_x = {"dtype": x.dtype, "device": x.device}
-    return torch.as_tensor(nodes, **as_x), torch.as_tensor(weights, **as_x)
+    return torch.from_numpy(nodes).to(x), torch.from_numpy(weights).to(x)
 
 
 def _integrate(

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from perturbkit.core import Attribution, Oracle, checks, track
 from perturbkit.core.progress import ProgressLike
+from perturbkit.explain.removal._parts import covered_windows, expanded_baseline, window_masks
 
 __all__ = ["occlusion"]
 
@@ -76,8 +77,8 @@ def occlusion(
     """
     checks.tensor("x", x, ndim=(2, 3, 4))
     oracle = Oracle.wrap(model)
-    masks = _windows(x, window, stride)
-    cover = _expand_baseline(baseline, x)
+    masks = window_masks(x, window, stride)
+    cover = expanded_baseline(baseline, x)
     before = oracle.cost
     n, m = len(x), len(masks)
     rows = None if target is None else torch.as_tensor(target, device=x.device).expand(n)
@@ -88,7 +89,7 @@ def occlusion(
         for size in track(list(oracle.chunks(n * m, like=x)), "occlusion", progress=progress):
             index = torch.arange(place, place + size, device=x.device)
             row, which = index // m, index % m
-            covered = torch.where(masks[which], cover[row], x[row])
+            covered = covered_windows(x, cover, masks, row, which)
             falls[index] = whole[row] - oracle.value(covered, None if rows is None else rows[row])
             place += size
     flat = masks.reshape(m, -1).to(whole.dtype)
@@ -97,39 +98,3 @@ def occlusion(
     return Attribution(
         shaped.to(x.dtype).contiguous(), rows, oracle.cost - before, "occlusion", {"n_windows": m}
     )
-
-
-def _windows(x: Tensor, window: int | tuple[int, int], stride: int | tuple[int, int] | None) -> Tensor:
-    """Return one mask a window, broadcastable to a row of ``x``: shape (m, 1, h, w), (m, features), (m, length, 1)."""
-    image = x.ndim == 4
-    sides = x.shape[2:] if image else x.shape[1:2]
-    sizes = _pair("window", window, len(sides))
-    steps = sizes if stride is None else _pair("stride", stride, len(sides))
-    axes = []
-    for side, size, step in zip(sides, sizes, steps, strict=True):
-        checks.integer("window", size, low=1, high=side)
-        checks.integer("stride", step, low=1, high=size)
-        starts = torch.arange(0, side - size + step, step, device=x.device).clamp(max=side - size).unique()
-        place = torch.arange(side, device=x.device)
-        axes.append((place >= starts[:, None]) & (place < starts[:, None] + size))
-    if image:
-        return (axes[0][:, None, :, None] & axes[1][None, :, None, :]).flatten(0, 1)[:, None]
-    return axes[0][..., None] if x.ndim == 3 else axes[0]
-
-
-def _pair(name: str, value: int | tuple[int, int], n: int) -> tuple[int, ...]:
-    given = value if isinstance(value, tuple) else (value,) * n
-    if len(given) != n:
-        raise checks.ArgumentError(f"{name} is {value}; allowed: one number, or {n}. Give one a side.")
-    return given
-
-
-def _expand_baseline(baseline: Tensor | float, x: Tensor) -> Tensor:
-    given = torch.as_tensor(baseline, dtype=x.dtype, device=x.device)
-    try:
-        return given.expand_as(x)
-    except RuntimeError:
-        raise checks.ArgumentError(
-            f"baseline has shape {tuple(given.shape)}; allowed: a number or a shape that broadcasts to that of x, "
-            f"{tuple(x.shape)}. Reshape it."
-        ) from None

@@ -31,7 +31,7 @@ _STEPS = 20
     needs="gradient",
     input="any",
     cost="n_steps gradients a row",
-    seconds=25,
+    seconds=15,
 )
 def reproduce(run: Run) -> Evidence:
     """Axioms, completeness and deletion curves."""
@@ -60,10 +60,10 @@ def reproduce(run: Run) -> Evidence:
     maps = integrated_gradients(oracle, x, target, n_steps=128)
     change = oracle.value(x, target) - oracle.value(torch.zeros_like(x), target)
     photos = load_photographs()
-    network = Oracle(image_model().module)
-    label = network(photos.x[:2]).argmax(1)
-    large = integrated_gradients(network, photos.x[:2], label, n_steps=128)
-    large_change = network.value(photos.x[:2], label) - network.value(torch.zeros_like(photos.x[:2]), label)
+    network, photo = Oracle(image_model().module), photos.x[:1]
+    label = network(photo).argmax(1)
+    large = integrated_gradients(network, photo, label, n_steps=128)
+    large_change = network.value(photo, label) - network.value(torch.zeros_like(photo), label)
     for name, found, size in (("digits", maps, change), ("EfficientNet-lite0", large, large_change)):
         gap = (found.extras["completeness_gap"].abs() / size.abs()).median()
         comparisons.append(
@@ -106,9 +106,8 @@ def _deletion(oracle: Oracle, x: Tensor, target: Tensor, values: Tensor) -> Tens
     rank = values.flatten(1).argsort(1, descending=True).argsort(1)
     found = []
     for step in range(_STEPS + 1):
-        kept = rank >= round(
-            step * pixels / _STEPS / 2
-        )  # digits are mostly black: half of the pixels is plenty
+        # Digits are mostly black: half of the pixels is plenty.
+        kept = rank >= round(step * pixels / _STEPS / 2)
         covered = x * kept.reshape(x.shape)
         found.append(oracle(covered).softmax(1)[torch.arange(n), target])
     return torch.stack(found, 1)

@@ -161,6 +161,25 @@ def test_the_kernel_by_hand_and_for_the_empty_mask():
     # Cosines to the full mask: 1, 1/2 and, undefined, 0 by definition.
     expected = [w_ * math.exp(-(d**2) / 0.25**2) ** 0.5 for w_, d in zip((1, 2, 3), (0, 0.5, 1), strict=True)]
     assert _kernel(z, w, 0.25, False).tolist() == pytest.approx(expected, rel=1e-12)
+    legacy = [
+        math.exp(-((w_ * d) ** 2) / 0.25**2) ** 0.5 for w_, d in zip((1, 2, 3), (0, 0.5, 1), strict=True)
+    ]
+    assert _kernel(z, w, 0.25, True).tolist() == pytest.approx(legacy, rel=1e-12)
+
+
+def test_hidden_superpixels_of_any_size_show_their_mean_colour():
+    x, parts, seen = images(1), torch.zeros(6, 6, dtype=torch.int64), []
+    parts[0, :2] = 7  # numbers need not follow one another
+
+    def f(z):
+        seen.append(z)
+        return z.flatten(1).sum(1)
+
+    masks = torch.tensor([[1, 1], [0, 1], [1, 0]])
+    lime_stratified(f, x, segments=parts, n_samples=3, masks=masks)
+    for shown, hidden in zip(torch.cat(seen)[-2:], (parts == 0, parts == 7), strict=True):
+        expected = torch.where(hidden, x[0, :, hidden].mean(1)[:, None, None], x[0])
+        torch.testing.assert_close(shown, expected, rtol=1e-12, atol=1e-12)
 
 
 def test_legacy_weighs_distances():

@@ -1,4 +1,13 @@
+from .samplers.bdia import BDIAResult as BDIAResult
+from .samplers.bdia import invert_bdia as invert_bdia
+from .samplers.bdia import sample_bdia as sample_bdia
 from .samplers.ddim import sample_ddim as sample_ddim
 from .samplers.dpm_solver import sample_dpm_solver as sample_dpm_solver
 from .samplers.dpm_solver import sample_dpm_solver_adaptive as sample_dpm_solver_adaptive
 from .samplers.dpm_solver import sample_dpm_solver_fast as sample_dpm_solver_fast
+from .samplers.gradient_estimation import admissible_schedule as admissible_schedule
+from .samplers.gradient_estimation import distance_function_error as distance_function_error
+from .samplers.gradient_estimation import sample_gradient_estimation as sample_gradient_estimation
+from .samplers.iia import fit_iia as fit_iia
+from .samplers.iia import sample_iia as sample_iia
+from .samplers.pndm import sample_pndm as sample_pndm

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from perturbkit.core import Cost, Denoiser, SampleResult, Schedule, checks
 
-__all__ = ["Path", "Point", "check_start"]
+__all__ = ["Path", "Point", "check_start", "transfer"]
 
 
 @dataclass(frozen=True)
@@ -42,6 +42,11 @@ class Path:
     def result(self, x: Tensor, nfev: int) -> SampleResult:
         """Return the state at the end of the path."""
         return SampleResult(x, self._grid, Cost(nfev=nfev))
+
+
+def transfer(x: Tensor, eps: Tensor, s: Point, t: Point) -> Tensor:
+    """Return the state at ``t`` from that at ``s``, exact for a constant noise prediction."""
+    return (t.alpha / s.alpha) * x + (t.alpha * (t.lam - s.lam)) * eps
 
 
 def check_start(denoiser: Denoiser, x: Tensor, times: Tensor) -> None:

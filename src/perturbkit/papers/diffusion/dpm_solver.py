@@ -7,18 +7,13 @@ distribution. Errors are medians over starts: the mean is ruled by a few starts 
 from __future__ import annotations
 
 import math
+from typing import Any
 
-import torch
-from matplotlib.figure import Figure
-from torch import Tensor
-
-from perturbkit.core import Denoiser, EDMSchedule
-from perturbkit.core.random import randn
 from perturbkit.diffusion import sample_dpm_solver
 from perturbkit.papers import Comparison, Evidence, Run, paper
+from perturbkit.papers.diffusion._beds import Bed, digits_bed, error_figure, grid, idle_bed, mixture_bed
 
-_SCHEDULE = EDMSchedule(sigma_max=20.0)
-_END = 0.02
+_CALLS = (6, 12, 18, 24, 36)
 
 
 @paper(
@@ -36,85 +31,54 @@ _END = 0.02
 )
 def reproduce(run: Run) -> Evidence:
     """Slopes on four mixtures, then errors at equal calls on mixtures and digits."""
-    from perturbkit.data import EmpiricalMeasure, load_digits8, mixture_8
-
-    beds = []
-    for seed in run.seeds(4):
-        world = mixture_8(seed)
-        start = 20.0 * randn((200, 8), generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
-        beds.append((_denoiser(world), start, world.probability_flow(start, 20.0, _END)))
+    beds = [mixture_bed(seed) for seed in run.seeds(4)]
     comparisons = []
     for order in (1, 2, 3):
-        slopes = [math.log2(_error(bed, order, 160) / _error(bed, order, 320)) for bed in beds]
+        slopes = [math.log2(_error(b, order, 160, "logsnr") / _error(b, order, 320, "logsnr")) for b in beds]
         comparisons.append(
             Comparison.over_seeds(
                 f"slope of order {order}, 160 to 320 steps", slopes, [order] * 4, "equal", margin=0.25
             )
         )
-    grid: dict[int, list[list[float]]] = {o: [] for o in (1, 2, 3)}
-    calls = (6, 12, 18, 24, 36)
-    for bed in beds:
-        for order, rows in grid.items():
-            rows.append([_error(bed, order, n // order, "karras") for n in calls])
-    at = calls.index(18)
-    for order in (2, 3):
+    found = {order: [[_error(b, order, n // order) for n in _CALLS] for b in beds] for order in (1, 2, 3)}
+    at = _CALLS.index(18)
+    ddim = [row[at] for row in found[1]]
+    for order, factor in ((2, 1.0), (3, 0.3)):
+        ours = [row[at] for row in found[order]]
         comparisons.append(
             Comparison.over_seeds(
-                f"median error of order {order} at 18 calls, against DDIM", [r[at] for r in grid[order]],
-                [r[at] for r in grid[1]], "lower", factor=0.3 if order == 3 else 1.0,
+                f"median error of order {order} at 18 calls, against DDIM", ours, ddim, "lower", factor=factor
             )
-        )  # fmt: skip
-    points = load_digits8().x[:500].flatten(1).double() * 2 - 1
-    digits = EmpiricalMeasure(points)
-    start = 20.0 * randn((60, 64), generator=run.generator("digits"), dtype=torch.float64)
-    bed = (_denoiser(digits), start, digits.probability_flow(start, 20.0, _END, rtol=1e-6))
+        )
+    digits = digits_bed(run.seeds(1)[0])
     comparisons.append(
         Comparison(
             "median error on digits at 36 calls, order 3 against DDIM",
-            _error(bed, 3, 12),
-            _error(bed, 1, 36),
+            _error(digits, 3, 12),
+            _error(digits, 1, 36),
             "lower",
         )
     )
-    untrained = (Denoiser(lambda x, t: x, _SCHEDULE, predicts="x0"), beds[0][1], beds[0][2])
     comparisons.append(
         Comparison(
-            "order 3 with a denoiser that does nothing", _error(untrained, 3, 6), grid[1][0][at], "lower", control=True,
+            "order 3 with a denoiser that does nothing",
+            _error(idle_bed(beds[0]), 3, 6),
+            ddim[0],
+            "lower",
+            control=True,
             note="must fail: the error is that of the sampler only if the denoiser is right",
         )
-    )  # fmt: skip
+    )
+    lines = {
+        "DDIM" if order == 1 else f"order {order}": [sum(c) / len(c) for c in zip(*rows, strict=True)]
+        for order, rows in found.items()
+    }
     return Evidence(
-        comparisons, _figure(calls, grid),
+        comparisons,
+        error_figure(_CALLS, lines),
         notes="At 6 to 10 calls the single-step higher orders do not beat DDIM here; the paper's FID is not measured.",
-    )  # fmt: skip
+    )
 
 
-Bed = tuple[Denoiser, Tensor, Tensor]
-
-
-def _denoiser(world: object) -> Denoiser:
-    def x0(x: Tensor, t: Tensor) -> Tensor:
-        return world.posterior_mean(x, 1.0, float(t[0]))  # type: ignore[attr-defined]
-
-    return Denoiser(x0, _SCHEDULE, predicts="x0")
-
-
-def _error(bed: Bed, order: int, n_steps: int, spacing: str = "logsnr") -> float:
-    """Median over starts of the root mean square error of the end point."""
-    denoiser, start, exact = bed
-    times = _SCHEDULE.times(n_steps, t_end=_END, spacing=spacing)  # type: ignore[arg-type]
-    found = sample_dpm_solver(denoiser, start, times, order=order).x  # type: ignore[arg-type]
-    return float((found - exact).square().mean(1).sqrt().median())
-
-
-def _figure(calls: tuple[int, ...], grid: dict[int, list[list[float]]]) -> Figure:
-    figure = Figure(figsize=(5, 3.2), layout="constrained")
-    ax = figure.subplots()
-    for order, rows in grid.items():
-        ax.loglog(
-            calls, torch.tensor(rows).mean(0), marker="o", label="DDIM" if order == 1 else f"order {order}"
-        )
-    ax.set_xlabel("calls of the denoiser")
-    ax.set_ylabel("median error of the end point")
-    ax.legend(frameon=False)
-    return figure
+def _error(bed: Bed, order: Any, n_steps: int, spacing: str = "karras") -> float:
+    return bed.error(sample_dpm_solver(bed.denoiser, bed.start, grid(n_steps, spacing), order=order).x)

@@ -8,7 +8,7 @@ benchmarks.explain.integrated_gradients_vs_captum``; it takes about a minute.
 from __future__ import annotations
 
 import torch
-from benchmarks.explain._timing import Row, compare, table
+from benchmarks._timing import Row, compare, table
 
 from perturbkit.core import Oracle
 from perturbkit.explain import integrated_gradients

@@ -8,7 +8,7 @@ benchmarks.robust.projected_gradient_vs_foolbox``; it takes about two minutes.
 from __future__ import annotations
 
 import torch
-from benchmarks.explain._timing import Row, compare, table
+from benchmarks._timing import Row, compare, table
 from torch.nn import functional
 
 from perturbkit.core import Oracle, around
@@ -46,7 +46,7 @@ def main(rounds: int = 4) -> list[Row]:
                 points = part.clone().requires_grad_(True)
                 torch.autograd.grad(functional.cross_entropy(model(points), label), points)
             with torch.no_grad():
-                model(part), model(part), model(part)
+                model(part), model(part)
 
     peers = {"torchattacks": by_torchattacks, "foolbox": by_foolbox}
     with torch.random.fork_rng(devices=[]):

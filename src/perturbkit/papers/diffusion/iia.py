@@ -34,11 +34,11 @@ def reproduce(run: Run) -> Evidence:
     for base, per_step in (("ddim", 1), ("heun", 2)):
         pairs = [[_pair(b, n // per_step, base, run) for n in calls] for b in beds]
         for i, n in enumerate(calls[:2]):
-            ours, plain = [r[i][0] for r in pairs], [r[i][1] for r in pairs]
+            corrected, plain = [r[i][0] for r in pairs], [r[i][1] for r in pairs]
             comparisons.append(
                 Comparison.over_seeds(
                     f"median error at {n} calls, {base}",
-                    ours,
+                    corrected,
                     plain,
                     "lower",
                     factor=0.6 if base == "ddim" else 1.0,
@@ -49,7 +49,7 @@ def reproduce(run: Run) -> Evidence:
     digits = digits_bed(run.seeds(1)[0])
     on_digits = _pair(digits, 10, "ddim", run)
     comparisons.append(
-        Comparison("median error on digits at 10 calls, ddim", ours, plain, "lower", factor=0.6)
+        Comparison("median error on digits at 10 calls, ddim", *on_digits, "lower", factor=0.6)
     )
     wrong = fit_iia(beds[0].denoiser, beds[0].start[:64], grid(10)).flip(0)
     reversed_ = beds[0].error(sample_iia(beds[0].denoiser, beds[0].start, grid(10), wrong).x)

@@ -1,0 +1,71 @@
+"""The overhead of our samplers beyond the denoiser against diffusers' schedulers: 20 calls of a network that does nothing.
+
+The floor is the bare update in PyTorch, the same axpy on the same tensors with coefficients known beforehand.
+"""
+
+from __future__ import annotations
+
+import torch
+from benchmarks._timing import Row, compare, table
+
+from perturbkit.core import Denoiser, DiscreteSchedule
+from perturbkit.core.random import randn
+from perturbkit.diffusion import sample_ddim, sample_dpm_solver, sample_pndm
+
+CALLS = 20
+
+
+def main(rounds: int = 31) -> list[Row]:
+    """Print the table and return its rows."""
+    import diffusers
+
+    rows: list[Row] = []
+    for shape in ((16, 2), (4, 3, 32, 32), (4, 3, 128, 128)):
+        x = randn(shape, generator=torch.Generator().manual_seed(0))
+        idle = torch.zeros_like(x)
+        ddpm = diffusers.DDIMScheduler(num_train_timesteps=1000, beta_schedule="linear")
+        schedule = DiscreteSchedule(ddpm.alphas_cumprod)
+        denoiser = Denoiser(lambda x, t, idle=idle: idle, schedule)
+        times = torch.linspace(950, 0, CALLS + 1, dtype=torch.float64)
+        peers = {
+            "DDIM": (diffusers.DDIMScheduler, {}, lambda d=denoiser, x=x, t=times: sample_ddim(d, x, t).x),
+            "DPM-Solver, order 2": (
+                diffusers.DPMSolverSinglestepScheduler, {"algorithm_type": "dpmsolver", "solver_order": 2, "final_sigmas_type": "sigma_min"},
+                lambda d=denoiser, x=x, t=times: sample_dpm_solver(d, x, t[::2], order=2).x,
+            ),
+            "PNDM": (
+                diffusers.PNDMScheduler, {"skip_prk_steps": True},
+                lambda d=denoiser, x=x, t=times: sample_pndm(d, x, t, warmup="euler").x,
+            ),
+        }  # fmt: skip
+        for name, (kind, options, ours) in peers.items():
+            peer = kind(num_train_timesteps=1000, beta_schedule="linear", **options)
+
+            def theirs(peer=peer, x=x, idle=idle) -> torch.Tensor:
+                peer.set_timesteps(CALLS)
+                for t in peer.timesteps:
+                    x = peer.step(idle, t, x).prev_sample
+                return x
+
+            def floor(x: torch.Tensor = x, idle: torch.Tensor = idle) -> torch.Tensor:
+                for _ in range(CALLS):
+                    x = 0.99 * x + 0.01 * idle
+                return x
+
+            ours(), theirs(), floor()
+            rows += compare(
+                ours,
+                {f"{name}, {CALLS} calls, {'x'.join(map(str, shape))}, diffusers": theirs},
+                floor,
+                rounds,
+            )
+    for row in rows:  # milliseconds read better here
+        for key in ("ours_s", "peer_s", "floor_s"):
+            row[key] = float(row[key]) * 1e3
+    print("times in ms")
+    print(table(rows))
+    return rows
+
+
+if __name__ == "__main__":
+    main()

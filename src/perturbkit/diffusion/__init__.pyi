@@ -11,3 +11,6 @@ from .samplers.gradient_estimation import sample_gradient_estimation as sample_g
 from .samplers.iia import fit_iia as fit_iia
 from .samplers.iia import sample_iia as sample_iia
 from .samplers.pndm import sample_pndm as sample_pndm
+from .samplers.predictor_corrector_guidance import guided_gaussian_variance as guided_gaussian_variance
+from .samplers.predictor_corrector_guidance import sample_guided as sample_guided
+from .samplers.predictor_corrector_guidance import sample_pcg as sample_pcg

@@ -12,9 +12,17 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
-from perturbkit.core import AttackResult, Ball, Oracle, around, checks, row_norm, track
+from perturbkit.core import AttackResult, Ball, Box, Oracle, around, checks, row_norm, track
 from perturbkit.core.perturbation import Norm
 from perturbkit.core.progress import ProgressLike
+from perturbkit.robust.attacks._parts import (
+    column,
+    half_cosine,
+    labels_for,
+    margin,
+    softened_margin,
+    steepest,
+)
 
 __all__ = ["fast_minimum_norm"]
 
@@ -71,10 +79,15 @@ def fast_minimum_norm(
     the distance to the boundary of the linearised margin, until the row has once been broken; after that down by
     ``1 - gamma`` from the best norm where the point is adversarial, and up by ``1 + gamma`` where it is not. Then it
     moves the point, by a step down the margin as long as the radius, and projects it on the ball of that radius
-    within the bounds. The paper's step has a fixed length in the Euclidean norm; one as long as the radius needs no
-    scale of the inputs. At the end the radius of each row is halved in on along its direction.
+    within the bounds.
 
-    Cost: ``n_steps`` gradients and 8 evaluations a row.
+    Three things differ from the paper and make a small budget go further. The step is the steepest of its norm and
+    as long as the radius, where the paper's has a fixed Euclidean length; so nothing depends on the scale of the
+    inputs. The gradient is that of a margin whose maximum is softened at first, ``T log sum exp(z_k / T)``, so that the
+    nearest class is not decided by the clean logits alone. At the end the length of each perturbation is halved in
+    on along its direction.
+
+    Cost: ``n_steps`` gradients and 9 evaluations a row.
 
     References
     ----------
@@ -88,7 +101,7 @@ def fast_minimum_norm(
     0.1
     """
     checks.tensor("x", x)
-    labels = checks.labels("y", y, n=len(x)).to(x.device)
+    checks.labels("y", y, n=len(x))
     checks.one_of("norm", norm, tuple(_DUAL))
     checks.integer("n_steps", n_steps, low=1)
     checks.between("gamma", gamma, 0, 1, inclusive="neither")
@@ -96,14 +109,14 @@ def fast_minimum_norm(
     oracle = Oracle.wrap(model)
     before = oracle.cost
     with oracle.frozen():
-        clean = oracle(x).argmax(1) != labels
+        scores, labels = labels_for(oracle, x, y)
+        clean = scores.argmax(1) != labels
         best, radius = _descend(oracle, x, labels, norm, bounds, n_steps, gamma, progress)
         best = _shorten(oracle, x, labels, best, torch.isfinite(radius))
-        best = torch.where(_column(clean, x), 0.0, best)
-        found = x + best
-        success = oracle(found).argmax(1) != labels
+        best = torch.where(column(clean, x), 0.0, best)
+        success = oracle(x + best).argmax(1) != labels
     radius = torch.where(success, row_norm(best, norm), torch.inf)
-    found = torch.where(_column(success, x), found, x)
+    found = torch.where(column(success, x), x + best, x)
     return AttackResult(found, success, radius, norm, oracle.cost - before)
 
 
@@ -112,28 +125,32 @@ def _descend(
     progress: ProgressLike,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """Return the smallest adversarial perturbation visited and its norm, infinity where there was none."""
+    low, high = (-math.inf, math.inf) if bounds is None else bounds
+    # No radius is larger than the way to the farthest corner, whatever a vanishing gradient says.
+    farthest = row_norm(torch.maximum(x - low, high - x), norm).clamp_max(torch.finfo(x.dtype).max ** 0.5)
     delta, best = torch.zeros_like(x), torch.zeros_like(x)
     shortest = x.new_full((len(x),), torch.inf)
     for step in track(range(n_steps), "fast minimum norm", progress=progress):
-        margin, gradient = oracle.value_and_gradient(x + delta, y, objective=_margin)
+        fall = half_cosine(step, n_steps)
+        rate, reach = 0.01 + (gamma - 0.01) * fall, 0.01 + 0.99 * fall
+        lead, gradient = oracle.value_and_gradient(x + delta, y, objective=softened_margin(fall))
         size = row_norm(delta, norm)
-        better = (margin < 0) & (size < shortest)
-        best = torch.where(_column(better, x), delta, best)
+        better = (lead < 0) & (size < shortest)
+        best = torch.where(column(better, x), delta, best)
         shortest = torch.where(better, size, shortest)
-        # A quarter of a cosine from the first value to the last.
-        fall = 0.5 * (1 + math.cos(math.pi * step / n_steps))
-        rate, reach = 0.01 + (gamma - 0.01) * fall, 0.05 + 0.95 * fall
-        boundary = size + margin.abs() / row_norm(gradient, _DUAL[norm]).clamp_min(torch.finfo(x.dtype).tiny)
-        grown = torch.where(torch.isfinite(shortest), size * (1 + rate), boundary * (1 + rate))
-        radius = torch.where(
-            margin < 0, torch.minimum(size, shortest) * (1 - rate), torch.minimum(grown, shortest)
-        )
-        stride = Ball(norm, (reach * radius).clamp_min(0))
-        delta = around(x, norm, radius, bounds).project(delta - stride.maximiser(gradient))
-    margin = _margin(oracle(x + delta), y)
+        slope = row_norm(gradient, _DUAL[norm]).clamp_min(torch.finfo(x.dtype).tiny)
+        # A sparse step may end at the bounds before it reaches the boundary: then the radius at least doubles.
+        boundary = torch.maximum(size + lead / slope, 2 * size)
+        grown = torch.where(torch.isfinite(shortest), size, boundary) * (1 + rate)
+        radius = torch.where(lead < 0, shortest * (1 - rate), torch.minimum(grown, shortest))
+        radius = torch.minimum(radius, farthest)
+        room = Box((low - x - delta).clamp_max(0), (high - x - delta).clamp_min(0))
+        moved = delta + steepest(-gradient, Ball(norm, reach * radius), room)
+        delta = around(x, norm, radius, bounds).project(moved)
+    lead = margin(oracle(x + delta), y)
     size = row_norm(delta, norm)
-    better = (margin < 0) & (size < shortest)
-    return torch.where(_column(better, x), delta, best), torch.where(better, size, shortest)
+    better = (lead < 0) & (size < shortest)
+    return torch.where(column(better, x), delta, best), torch.where(better, size, shortest)
 
 
 def _shorten(oracle: Oracle, x: Tensor, y: Tensor, delta: Tensor, found: Tensor) -> Tensor:
@@ -145,18 +162,8 @@ def _shorten(oracle: Oracle, x: Tensor, y: Tensor, delta: Tensor, found: Tensor)
     low, high = at.new_full((len(rows),), 0.5), at.new_ones(len(rows))
     for _ in range(_LINE):
         middle = (low + high) / 2
-        wrong = oracle(at + direction * _column(middle, at)).argmax(1) != truth
+        wrong = oracle(at + direction * column(middle, at)).argmax(1) != truth
         low, high = torch.where(wrong, low, middle), torch.where(wrong, middle, high)
     shorter = delta.clone()
-    shorter[rows] = direction * _column(high, at)
+    shorter[rows] = direction * column(high, at)
     return shorter
-
-
-def _margin(out: Tensor, target: Tensor) -> Tensor:
-    """Return the right logit less the best wrong one."""
-    own = out.gather(1, target[:, None])[:, 0]
-    return own - out.scatter(1, target[:, None], -torch.inf).amax(1)
-
-
-def _column(values: Tensor, like: Tensor) -> Tensor:
-    return values.reshape(-1, *[1] * (like.ndim - 1))

@@ -17,7 +17,7 @@ from torch.nn import functional
 
 from perturbkit.core import checks
 
-__all__ = ["Interval", "affine", "interval_forward", "trace"]
+__all__ = ["Interval", "affine", "cut_last_linear", "interval_forward", "trace"]
 
 
 @dataclass(frozen=True)
@@ -40,33 +40,76 @@ class Interval:
         return Interval(fun(self.lower), fun(self.upper))
 
 
-def trace(model: nn.Module) -> fx.GraphModule:
-    """Return the graph of a module's forward.
+def trace(model: nn.Module, sample: Tensor) -> fx.GraphModule:
+    """Return the graph of a module's forward in evaluation mode; the module's own modes are left as they are.
+
+    The graph is compared with the module on the first rows of ``sample``: values that the forward overwrites, which a
+    trace does not see, would make it another function.
 
     Raises
     ------
     ModelError
-        If the forward depends on values and has no fixed graph.
+        If the forward depends on values and has no fixed graph, or is not what the graph computes.
     """
+    # A bare layer would be traced into; inside a Sequential it is a layer with a rule.
+    bare = type(model).__module__.startswith("torch.nn") and not isinstance(model, nn.Sequential)
+    modes = {m: m.training for m in model.modules()}
+    fault = "fails on the inputs"
     try:
-        return fx.symbolic_trace(model)
+        for module in modes:  # a functional dropout's mode is written into the graph
+            module.training = False
+        with torch.no_grad():
+            given = model(sample[:2].clone())
+            fault = "has no fixed graph"
+            graph = fx.symbolic_trace(nn.Sequential(model) if bare else model)
+            traced = graph(sample[:2].clone())
     except Exception as error:
         reason = (str(error).strip().splitlines() or [""])[0][:200]
         raise checks.ModelError(
-            f"the forward of {type(model).__name__} has no fixed graph ({reason}); allowed: a forward made of layers "
-            "and tensor operations, without branches on values. Certify a part of it, or smooth it."
+            f"the forward of {type(model).__name__} {fault} ({reason}); allowed: a forward made of layers and tensor "
+            "operations, without branches on values. Correct the inputs, certify a part of it, or smooth it."
         ) from error
+    finally:
+        for module, training in modes.items():
+            module.training = training
+    hooked = [n for n, m in model.named_modules() if m._forward_hooks or m._forward_pre_hooks]
+    if hooked or not (isinstance(given, Tensor) and torch.allclose(given, traced, equal_nan=True)):
+        why = (
+            f"{hooked[0] or 'it'} has forward hooks"
+            if hooked
+            else "values are overwritten, or drawn at random"
+        )
+        raise checks.ModelError(
+            f"the forward of {type(model).__name__} is not what its graph computes ({why}); allowed: one tensor made by "
+            "layers and operations without side effects. Remove what acts in place or from outside."
+        )
+    return graph
+
+
+def cut_last_linear(graph: fx.GraphModule) -> tuple[fx.GraphModule, nn.Linear | None]:
+    """Return the graph up to its last layer, and that layer, if it is linear and nothing else uses its input."""
+    output = next(node for node in graph.graph.nodes if node.op == "output")
+    last = output.args[0]
+    if not isinstance(last, fx.Node) or last.op != "call_module" or len(last.args) != 1:
+        return graph, None
+    layer = graph.get_submodule(str(last.target))
+    if not isinstance(layer, nn.Linear):
+        return graph, None
+    output.args = (last.args[0],)
+    graph.graph.erase_node(last)
+    graph.recompile()
+    return graph, layer
 
 
 def interval_forward(graph: fx.GraphModule, lower: Tensor, upper: Tensor) -> Interval:
     """Propagate a box through a traced network."""
-    out = _Propagate(graph, garbage_collect_values=True).run(
-        Interval(lower, upper), enable_io_processing=False
-    )
+    interpreter = _Propagate(graph, garbage_collect_values=True)
+    interpreter.extra_traceback = False
+    out = interpreter.run(Interval(lower, upper), enable_io_processing=False)
     if not isinstance(out, Interval):
         raise checks.ModelError(
-            f"the network answers a {type(out).__name__} that does not depend on its input; allowed: one tensor that "
-            "does. Return the logits alone."
+            f"the network answers a {type(out).__name__}; allowed: one tensor that depends on its input. Return the "
+            "logits alone."
         )
     return out
 
@@ -80,12 +123,20 @@ def affine(x: Interval, apply: Callable[[Tensor], Tensor], magnitude: Callable[[
 class _Propagate(fx.Interpreter):
     """Runs a graph on intervals; values that depend on no input stay tensors."""
 
+    def run_node(self, n: fx.Node) -> Any:
+        if _in_place(n, self.module) and isinstance(n.args[0], fx.Node) and len(n.args[0].users) > 1:
+            raise _unsupported(f"{n.name}, which overwrites a value that is used again,")
+        out = super().run_node(n)
+        if isinstance(out, Interval) and not isinstance(out.lower, Tensor):
+            raise _unsupported(f"{n.name}, which answers a {type(out.lower).__name__},")
+        return out
+
     def call_module(self, target: Any, args: Any, kwargs: Any) -> Any:
         module = self.fetch_attr(target)
         if not _has_interval((args, kwargs)):
             return super().call_module(target, args, kwargs)
         for kind, rule in _MODULES.items():
-            if isinstance(module, kind):
+            if isinstance(module, kind) and len(args) == 1 and not kwargs:
                 return rule(module, args[0])
         raise _unsupported(f"the layer {target} ({type(module).__name__})")
 
@@ -106,6 +157,12 @@ class _Propagate(fx.Interpreter):
         return rule(*args, **kwargs)
 
 
+def _in_place(node: fx.Node, root: nn.Module) -> bool:
+    if node.op == "call_module":
+        return bool(getattr(root.get_submodule(str(node.target)), "inplace", False))
+    return node.target in (operator.iadd, operator.isub, operator.imul) or bool(node.kwargs.get("inplace"))
+
+
 def _has_interval(value: Any) -> bool:
     if isinstance(value, tuple | list):
         return any(map(_has_interval, value))
@@ -117,8 +174,8 @@ def _has_interval(value: Any) -> bool:
 def _unsupported(what: str) -> checks.ModelError:
     layers = ", ".join(k.__name__.lstrip("_") for k in _MODULES)
     return checks.ModelError(
-        f"{what} has no interval rule; allowed: {layers}, and sums, products with constants, relu, tanh, sigmoid, cat, "
-        "flatten and reshape. Replace it, or certify the smoothed model."
+        f"{what} has no interval rule; allowed: {layers}, and sums, products, relu, tanh, sigmoid, cat, flatten and "
+        "reshape. Replace it, or certify the smoothed model."
     )
 
 
@@ -148,7 +205,23 @@ def _batch_norm(m: Any, x: Interval) -> Interval:
 
 
 def _monotone(m: nn.Module, x: Interval) -> Interval:
-    return x.map(m)
+    # Copies, so that a layer that works in place leaves the bounds that came in alone.
+    return x.map(lambda end: m(end.clone()) if getattr(m, "inplace", False) else m(end))
+
+
+def _sloped(m: Any, x: Interval) -> Interval:
+    slope = getattr(m, "negative_slope", getattr(m, "alpha", 1.0))
+    if slope < 0:
+        raise _unsupported(f"{type(m).__name__} with the slope {slope:g}, which is not monotone,")
+    return _monotone(m, x)
+
+
+def _dropout(m: Any, x: Interval) -> Interval:
+    if m.training:
+        raise checks.ModelError(
+            f"{type(m).__name__} draws at random; allowed: evaluation mode, where it does nothing. Call model.eval()."
+        )
+    return x
 
 
 def _layer_norm(m: nn.LayerNorm, x: Interval) -> Interval:
@@ -176,32 +249,33 @@ def _layer_norm(m: nn.LayerNorm, x: Interval) -> Interval:
     return affine(unit, lambda c: c * m.weight + bias, lambda r: r * m.weight.abs())
 
 
-def _unimodal(fun: Callable[[Tensor], Tensor], lowest: float) -> Callable[[nn.Module, Interval], Interval]:
-    """Return the rule of an activation that falls to one minimum and rises after it (GELU, SiLU)."""
-
-    def rule(m: nn.Module, x: Interval) -> Interval:
-        ends = x.map(m)
-        inside = (x.lower < lowest) & (x.upper > lowest)
-        bottom = fun(torch.full_like(x.lower, lowest))
-        low = torch.where(inside, bottom, torch.minimum(ends.lower, ends.upper))
-        # The minimum's place is known to 1e-6 only; there the activation is flat, so this covers the rest.
-        return Interval(low - 1e-9, torch.maximum(ends.lower, ends.upper))
-
-    return rule
+def _unimodal(m: nn.Module, x: Interval) -> Interval:
+    """Bound an activation that falls to one minimum and rises after it."""
+    place, value = _MINIMA[(type(m), getattr(m, "approximate", "none"))]
+    ends = _monotone(m, x)
+    low = torch.minimum(ends.lower, ends.upper)
+    inside = (x.lower < place) & (x.upper > place)
+    return Interval(torch.where(inside, low.clamp_max(value), low), torch.maximum(ends.lower, ends.upper))
 
 
+# Where the minimum lies, and a number just below its value.
+_MINIMA = {
+    (nn.GELU, "none"): (-0.7517915246935645, -0.1699712074799037),
+    (nn.GELU, "tanh"): (-0.7524614220710163, -0.1700407505712541),
+    (nn.SiLU, "none"): (-1.2784645427610738, -0.2784645427610739),
+}
 _MONOTONE = (
-    nn.ReLU, nn.Tanh, nn.Sigmoid, nn.LeakyReLU, nn.ELU, nn.SELU, nn.CELU, nn.Softplus, nn.Hardtanh, nn.ReLU6,
-    nn.LogSigmoid, nn.Hardsigmoid, nn.Softsign,
+    nn.ReLU, nn.Tanh, nn.Sigmoid, nn.SELU, nn.CELU, nn.Softplus, nn.Hardtanh, nn.ReLU6, nn.LogSigmoid, nn.Hardsigmoid,
+    nn.Softsign,
 )  # fmt: skip
 _REARRANGING = (
-    nn.Flatten, nn.Unflatten, nn.Identity, nn.Dropout, nn.Dropout2d, nn.MaxPool1d, nn.MaxPool2d, nn.AvgPool1d,
-    nn.AvgPool2d, nn.AdaptiveAvgPool1d, nn.AdaptiveAvgPool2d, nn.AdaptiveMaxPool2d, nn.ZeroPad2d, nn.PixelShuffle,
+    nn.Flatten, nn.Unflatten, nn.Identity, nn.MaxPool1d, nn.MaxPool2d, nn.AvgPool1d, nn.AvgPool2d,
+    nn.AdaptiveAvgPool1d, nn.AdaptiveAvgPool2d, nn.AdaptiveMaxPool2d, nn.ZeroPad2d, nn.PixelShuffle,
 )  # fmt: skip
 _MODULES: dict[type[nn.Module], Callable[[Any, Interval], Interval]] = {
     nn.Linear: _linear, nn.Conv1d: _conv, nn.Conv2d: _conv, nn.Conv3d: _conv, nn.BatchNorm1d: _batch_norm,
-    nn.BatchNorm2d: _batch_norm, nn.LayerNorm: _layer_norm,
-    nn.GELU: _unimodal(functional.gelu, -0.7517916), nn.SiLU: _unimodal(functional.silu, -1.2784645),
+    nn.BatchNorm2d: _batch_norm, nn.LayerNorm: _layer_norm, nn.GELU: _unimodal, nn.SiLU: _unimodal,
+    nn.LeakyReLU: _sloped, nn.ELU: _sloped, nn.Dropout: _dropout, nn.Dropout2d: _dropout,
     **dict.fromkeys((*_MONOTONE, *_REARRANGING), _monotone),
 }  # fmt: skip
 
@@ -210,9 +284,7 @@ _MODULES: dict[type[nn.Module], Callable[[Any, Interval], Interval]] = {
 
 
 def _add(a: Any, b: Any, *, alpha: float = 1) -> Interval:
-    if alpha != 1:
-        b = _multiply(b, alpha) if isinstance(b, Interval) else b * alpha
-    left, right = _as_interval(a), _as_interval(b)
+    left, right = _as_interval(a), _as_interval(b if alpha == 1 else _multiply(b, alpha))
     return Interval(left.lower + right.lower, left.upper + right.upper)
 
 
@@ -223,14 +295,8 @@ def _subtract(a: Any, b: Any) -> Interval:
 
 def _multiply(a: Any, b: Any) -> Interval:
     left, right = _as_interval(a), _as_interval(b)
-    corners = [
-        left.lower * right.lower,
-        left.lower * right.upper,
-        left.upper * right.lower,
-        left.upper * right.upper,
-    ]
-    lower, upper = corners[0], corners[0]
-    for corner in corners[1:]:
+    lower = upper = left.lower * right.lower
+    for corner in (left.lower * right.upper, left.upper * right.lower, left.upper * right.upper):
         lower, upper = torch.minimum(lower, corner), torch.maximum(upper, corner)
     return Interval(lower, upper)
 
@@ -238,14 +304,21 @@ def _multiply(a: Any, b: Any) -> Interval:
 def _divide(a: Any, b: Any) -> Interval:
     if isinstance(b, Interval):
         raise _unsupported("division by something that depends on the input")
-    return _multiply(a, 1 / torch.as_tensor(b))
+    first, second = a.lower / b, a.upper / b
+    return Interval(torch.minimum(first, second), torch.maximum(first, second))
+
+
+def _matmul(a: Any, b: Any) -> Interval:
+    if isinstance(a, Interval) and not isinstance(b, Interval):
+        return affine(a, lambda c: c @ b, lambda r: r @ b.abs())
+    if isinstance(b, Interval) and not isinstance(a, Interval):
+        return affine(b, lambda c: a @ c, lambda r: a.abs() @ r)
+    raise _unsupported("a product of two things that depend on the input")
 
 
 def _as_interval(value: Any) -> Interval:
-    if isinstance(value, Interval):
-        return value
-    constant = torch.as_tensor(value)
-    return Interval(constant, constant)
+    """Return a number or tensor as an interval of one point. A number stays one, so that nothing is rounded."""
+    return value if isinstance(value, Interval) else Interval(value, value)
 
 
 def _negate(x: Interval) -> Interval:
@@ -258,8 +331,22 @@ def _cat(parts: Any, dim: int = 0) -> Interval:
 
 
 def _both(fun: Callable[..., Tensor]) -> Callable[..., Interval]:
+    """Return the rule of a function that never falls in its first argument, or merely rearranges it."""
+
     def rule(x: Interval, *args: Any, **kwargs: Any) -> Interval:
+        if _has_interval((args, kwargs)) or not isinstance(x, Interval):
+            raise _unsupported(f"{getattr(fun, '__name__', fun)} with arguments that depend on the input")
+        kwargs.pop("inplace", None)
         return x.map(lambda end: fun(end, *args, **kwargs))
+
+    return rule
+
+
+def _function_sloped(fun: Callable[..., Tensor], slope: str, standard: float) -> Callable[..., Interval]:
+    def rule(x: Interval, *args: Any, **kwargs: Any) -> Interval:
+        if (args[0] if args else kwargs.get(slope, standard)) < 0:
+            raise _unsupported(f"{fun.__name__} with a slope below zero, which is not monotone,")
+        return _both(fun)(x, *args, **kwargs)
 
     return rule
 
@@ -270,23 +357,42 @@ def _function_linear(x: Interval, weight: Tensor, bias: Tensor | None = None) ->
     )
 
 
+def _function_dropout(x: Interval, p: float = 0.5, training: bool = True, inplace: bool = False) -> Interval:
+    if training:
+        raise checks.ModelError(
+            "functional.dropout draws at random; allowed: training=self.training in evaluation mode. Pass that."
+        )
+    return x
+
+
+def _attribute(x: Interval, name: str) -> Any:
+    if name not in ("shape", "dtype", "device", "ndim"):
+        raise _unsupported(f"the attribute {name}")
+    return getattr(x.lower, name)
+
+
 _FUNCTIONS: dict[Any, Callable[..., Any]] = {
     operator.add: _add, torch.add: _add, operator.iadd: _add, operator.sub: _subtract, torch.sub: _subtract,
-    operator.mul: _multiply, torch.mul: _multiply, operator.truediv: _divide, torch.div: _divide,
-    operator.neg: _negate, torch.neg: _negate, torch.cat: _cat, functional.linear: _function_linear,
-    operator.getitem: _both(operator.getitem),
+    operator.isub: _subtract, operator.mul: _multiply, torch.mul: _multiply, operator.imul: _multiply,
+    operator.truediv: _divide, torch.div: _divide, operator.neg: _negate, torch.neg: _negate, torch.cat: _cat,
+    operator.matmul: _matmul, torch.matmul: _matmul, functional.linear: _function_linear, getattr: _attribute,
+    functional.dropout: _function_dropout, operator.getitem: _both(operator.getitem),
+    functional.leaky_relu: _function_sloped(functional.leaky_relu, "negative_slope", 0.01),
+    functional.elu: _function_sloped(functional.elu, "alpha", 1.0),
+    functional.gelu: lambda x, approximate="none": _unimodal(nn.GELU(approximate), x),
+    functional.silu: lambda x, inplace=False: _unimodal(nn.SiLU(), x),
     **{f: _both(f) for f in (
         torch.relu, functional.relu, torch.tanh, functional.tanh, torch.sigmoid, functional.sigmoid,
-        functional.leaky_relu, functional.elu, functional.softplus, torch.flatten, torch.reshape, torch.squeeze,
+        functional.softplus, functional.relu6, functional.hardtanh, torch.flatten, torch.reshape, torch.squeeze,
         torch.unsqueeze, torch.transpose, torch.permute, torch.mean, torch.sum, torch.exp, functional.max_pool2d,
-        functional.avg_pool2d, functional.adaptive_avg_pool2d, functional.dropout, torch.clamp,
+        functional.avg_pool2d, functional.adaptive_avg_pool2d, torch.clamp,
     )},
 }  # fmt: skip
 _METHODS: dict[str, Callable[..., Any]] = {
-    "add": _add, "sub": _subtract, "mul": _multiply, "div": _divide, "neg": _negate,
+    "add": _add, "sub": _subtract, "mul": _multiply, "div": _divide, "neg": _negate, "matmul": _matmul,
     **{name: _both(getattr(torch.Tensor, name)) for name in (
         "relu", "tanh", "sigmoid", "flatten", "reshape", "view", "squeeze", "unsqueeze", "transpose", "permute",
-        "mean", "sum", "contiguous", "float", "double", "exp", "clamp",
+        "mean", "sum", "contiguous", "float", "double", "exp", "clamp", "amax",
     )},
     # A size is the same at both ends.
     "size": lambda x, *args: x.lower.size(*args),

@@ -19,6 +19,8 @@ from perturbkit.core.random import Seed, as_generator, randn
 
 __all__ = ["SmoothedCertificate", "randomized_smoothing"]
 
+_BLOCK = 2**22  # values of noise at once
+
 
 @dataclass(frozen=True, eq=False)
 class SmoothedCertificate(Certificate):
@@ -123,8 +125,15 @@ def randomized_smoothing(
 def _votes(oracle: Oracle, row: Tensor, sigma: float, n: int, generator: torch.Generator) -> Tensor:
     """Return how often each class is answered to ``n`` noisy copies of one input."""
     total: Tensor | int = 0
-    for size in oracle.chunks(n, like=row[None]):
-        noisy = row + sigma * randn((size, *row.shape), generator=generator, like=row)
-        scores = oracle(noisy)
+    # Blocks of a size of their own: the draws must not depend on how the oracle cuts its batches.
+    block = max(1, _BLOCK // row.numel())
+    for start in range(0, n, block):
+        shape = (min(block, n - start), *row.shape)
+        scores = oracle(row + sigma * randn(shape, generator=generator, like=row))
+        if scores.ndim != 2 or scores.shape[1] < 2:
+            raise checks.ModelError(
+                f"the model answered shape {tuple(scores.shape)}; allowed: (n, classes) with at least two classes. "
+                "For one logit z, return torch.stack([0 * z, z], 1)."
+            )
         total = total + torch.bincount(scores.argmax(1), minlength=scores.shape[1])
     return torch.as_tensor(total)

@@ -52,11 +52,11 @@ def corrupt(
 
     Notes
     -----
-    Images, by severity s = 1..5: Gaussian noise of deviation 0.04 .. 0.2 (0.04 s); Gaussian blur of 0.4 s % of
-    the width; contrast multiplied by 0.75, 0.6, 0.45, 0.3, 0.15; brightness raised by 0.08 s; pixels of 1 + s % of the
-    width; compression that quantises 8x8 cosine coefficients as JPEG does at quality 60, 40, 25, 15, 8. Tables: a
-    share 0.05 s of the cells replaced by the column mean; noise of 0.1 s scales; values rounded to steps of 0.2 s
-    scales; columns multiplied by 1 +- 0.05 s; columns shifted by +- 0.1 s scales.
+    Images, by severity s = 1..5: Gaussian noise of deviation 0.04 s; Gaussian blur of 0.3 s % of the width, at least
+    0.3 s pixels; contrast multiplied by 0.75, 0.6, 0.45, 0.3, 0.15; brightness raised by 0.08 s; resolution lowered to
+    0.5, 0.4, 0.3, 0.25, 0.2; compression that quantises 8x8 cosine coefficients as JPEG does at quality 60, 40, 25, 15,
+    8. Tables: a share 0.05 s of the cells replaced by the column mean; noise of 0.1 s scales; values rounded to steps of
+    0.2 s scales; columns multiplied by 1 +- 0.05 s; columns shifted by +- 0.1 s scales.
 
     References
     ----------
@@ -79,11 +79,19 @@ def corrupt(
                 f"x has values from {low:.4g} to {high:.4g}; allowed: images in [0, 1]. Scale them first."
             )
         return _IMAGE[kind](x, s, g).clamp(0, 1)
+    return _TABLE[kind](x, s, _unit(x, scale), g)
+
+
+def _unit(x: Tensor, scale: Tensor | float | None) -> Tensor:
     if scale is None:
-        unit = x.std(0, correction=0)
-    else:
-        unit = torch.as_tensor(scale, dtype=x.dtype, device=x.device)
-    return _TABLE[kind](x, s, unit, g)
+        return x.std(0, correction=0)
+    unit = torch.as_tensor(scale, dtype=x.dtype, device=x.device)
+    if unit.shape not in ((), x.shape[1:]) or not bool((unit >= 0).all()) or not bool(unit.isfinite().all()):
+        raise checks.ArgumentError(
+            f"scale has shape {tuple(unit.shape)} and values from {float(unit.min()):.4g} to {float(unit.max()):.4g}; "
+            f"allowed: one finite number, zero or above, for all columns or for each of the {x.shape[1]}. Correct it."
+        )
+    return unit
 
 
 # -- images ---------------------------------------------------------------------------------------------------
@@ -94,7 +102,7 @@ def _noise(x: Tensor, s: int, g: torch.Generator) -> Tensor:
 
 
 def _blur(x: Tensor, s: int, g: torch.Generator) -> Tensor:
-    sigma = max(0.3, 0.004 * s * x.shape[-1])
+    sigma = s * max(0.3, 0.003 * x.shape[-1])
     reach = min(math.ceil(3 * sigma), x.shape[-1] - 1, x.shape[-2] - 1)
     taps = torch.exp(-0.5 * (torch.arange(-reach, reach + 1, device=x.device, dtype=x.dtype) / sigma) ** 2)
     taps = taps / taps.sum()
@@ -114,8 +122,8 @@ def _brightness(x: Tensor, s: int, g: torch.Generator) -> Tensor:
 
 
 def _pixelate(x: Tensor, s: int, g: torch.Generator) -> Tensor:
-    block = max(2, round((1 + s) * x.shape[-1] / 100))
-    size = (max(1, x.shape[-2] // block), max(1, x.shape[-1] // block))
+    kept = (0.5, 0.4, 0.3, 0.25, 0.2)[s - 1]
+    size = (max(1, round(kept * x.shape[-2])), max(1, round(kept * x.shape[-1])))
     small = functional.adaptive_avg_pool2d(x, size)
     return functional.interpolate(small, size=tuple(x.shape[-2:]), mode="nearest")
 

@@ -13,13 +13,13 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 from torch.nn import functional
 
 from perturbkit.core import Result, checks, track
 from perturbkit.core.progress import ProgressLike
 from perturbkit.core.random import Seed, as_generator, randperm
-from perturbkit.robust.certificates._parts import Interval, interval_forward, trace
+from perturbkit.robust.certificates._parts import Interval, cut_last_linear, interval_forward, trace
 
 __all__ = ["IBPHistory", "IBPTrainer", "elided_worst_logits", "interval_bounds", "verified_accuracy"]
 
@@ -50,7 +50,8 @@ def interval_bounds(model: nn.Module, lower: Tensor, upper: Tensor) -> tuple[Ten
     ----------
     model : nn.Module
         A network of linear and convolution layers, pooling, normalisation in evaluation mode, monotone activations,
-        GELU and SiLU, flattening, sums, products with constants and concatenation.
+        GELU and SiLU, flattening, sums, products and concatenation. It is bounded as it computes in evaluation mode,
+        and left as it is.
     lower, upper : Tensor, shape (n, ...)
         Lowest and highest inputs, elementwise ``lower <= upper``.
 
@@ -93,7 +94,9 @@ def interval_bounds(model: nn.Module, lower: Tensor, upper: Tensor) -> tuple[Ten
         raise checks.ArgumentError(
             f"lower is above upper by up to {float((lower - upper).max()):.4g}; allowed: lower <= upper. Swap them."
         )
-    found = interval_forward(trace(model), lower, upper)
+    graph = trace(model, lower)
+    with _evaluating(model):
+        found = interval_forward(graph, lower, upper)
     return found.lower, found.upper
 
 
@@ -104,9 +107,9 @@ def elided_worst_logits(
 
     Parameters
     ----------
-    model : nn.Sequential or nn.Module
-        Classifier. Where it is a Sequential that ends in a linear layer, that layer is merged with the comparison,
-        which is tighter than comparing its bounds.
+    model : nn.Module
+        Classifier. Where it ends in a linear layer, that layer is merged with the comparison, which is tighter than
+        comparing its bounds.
     x : Tensor, shape (n, ...)
         Inputs.
     y : Tensor of int64, shape (n,)
@@ -121,6 +124,13 @@ def elided_worst_logits(
     Tensor, shape (n, classes)
         An upper bound of ``z_k - z_y`` over the box; zero at ``k = y``. The row is verified if all others are below 0.
 
+    Raises
+    ------
+    ModelError
+        If the network has an operation without a rule; it is named.
+    ArgumentError
+        If a label or the radius is not allowed.
+
     Notes
     -----
     ``upper(z_k - z_y) = (W_k - W_y) mu + |W_k - W_y| r + b_k - b_y`` on the last box.
@@ -133,15 +143,16 @@ def elided_worst_logits(
     --------
     >>> net = nn.Sequential(nn.Flatten(), nn.Linear(2, 2))
     >>> worst = elided_worst_logits(net, torch.rand(3, 2, generator=torch.Generator().manual_seed(0)), torch.tensor([0, 1, 0]), 0.1)
-    >>> worst.shape, float(worst[0, 0])
+    >>> worst.shape, worst[0, 0].item()
     (torch.Size([3, 2]), 0.0)
     """
     _module(model)
     checks.tensor("x", x)
     checks.nonnegative("epsilon", epsilon)
     labels = checks.labels("y", y, n=len(x)).to(x.device)
-    body, last = _split(model)
-    return _worst(trace(body), last, _box(x, epsilon, clip), labels)
+    body, last = cut_last_linear(trace(model, x))
+    with _evaluating(model):
+        return _worst(body, last, _box(x, epsilon, clip), labels)
 
 
 def verified_accuracy(
@@ -158,7 +169,7 @@ def verified_accuracy(
     Parameters
     ----------
     model, x, y, epsilon, clip
-        As in :func:`elided_worst_logits`; the model is put into evaluation mode and restored.
+        As in :func:`elided_worst_logits`.
     batch_size : int
         Rows at once, at least 1.
 
@@ -178,17 +189,23 @@ def verified_accuracy(
     Examples
     --------
     >>> net = nn.Sequential(nn.Linear(2, 2))
-    >>> 0.0 <= verified_accuracy(net, torch.rand(4, 2), torch.tensor([0, 1, 0, 1]), 0.01) <= 1.0
-    True
+    >>> _ = net[0].weight.data.copy_(torch.eye(2)), net[0].bias.data.zero_()
+    >>> x = torch.tensor([[0.9, 0.1], [0.55, 0.45]])
+    >>> verified_accuracy(net, x, torch.tensor([0, 0]), 0.1)
+    0.5
     """
+    _module(model)
+    checks.tensor("x", x)
+    checks.nonnegative("epsilon", epsilon)
     checks.integer("batch_size", batch_size, low=1)
+    labels = checks.labels("y", y, n=len(x)).to(x.device)
+    body, last = cut_last_linear(trace(model, x))
     hits = 0
     with _evaluating(model), torch.no_grad():
         for start in range(0, len(x), batch_size):
             rows = slice(start, start + batch_size)
-            worst = elided_worst_logits(model, x[rows], y[rows], epsilon, clip=clip)
-            own = functional.one_hot(checks.labels("y", y[rows]).to(x.device), worst.shape[1]).bool()
-            hits += int((worst.masked_fill(own, -torch.inf).amax(1) < 0).sum())
+            worst = _worst(body, last, _box(x[rows], epsilon, clip), labels[rows])
+            hits += int((worst.scatter(1, labels[rows, None], -torch.inf).amax(1) < 0).sum())
     return hits / len(x)
 
 
@@ -198,7 +215,8 @@ class IBPTrainer:
     Parameters
     ----------
     model : nn.Module
-        Classifier; trained in place. Batch normalisation bounds use the running statistics.
+        Classifier; trained in place. The clean pass moves the running statistics of its batch normalisations, and
+        the bounds, for which they are later used, are taken with them.
     epsilon : float
         Radius to train for, above 0; somewhat more than the one to be verified.
     kappa : float
@@ -263,12 +281,11 @@ class IBPTrainer:
         labels = checks.labels("y", y, n=len(x)).to(x.device)
         checks.integer("n_steps", n_steps, low=1)
         g = as_generator(self.generator)
-        body, last = _split(self.model)
-        graph = trace(body)
+        graph, last = cut_last_linear(trace(self.model, x))
         optimizer = torch.optim.Adam(self.model.parameters(), lr=self.lr)
         losses, radii, weights = [], [], []
         rows = _batches(len(x), min(self.batch_size, len(x)), g)
-        was_training = self.model.training
+        modes = {m: m.training for m in self.model.modules()}
         try:
             for step in track(range(n_steps), "interval bound training", progress=progress):
                 self._decay(optimizer, step / n_steps)
@@ -282,18 +299,23 @@ class IBPTrainer:
                 radii.append(epsilon)
                 weights.append(kappa)
         finally:
-            self.model.train(was_training)
+            _restore(modes)
         return IBPHistory(*(torch.tensor(v, dtype=torch.float64) for v in (losses, radii, weights)))
 
     def _loss(
-        self, graph: nn.Module, last: nn.Linear | None, x: Tensor, y: Tensor, epsilon: float, kappa: float
+        self,
+        graph: fx.GraphModule,
+        last: nn.Linear | None,
+        x: Tensor,
+        y: Tensor,
+        epsilon: float,
+        kappa: float,
     ) -> Tensor:
         self.model.train()  # the clean pass moves the running statistics
         loss = functional.cross_entropy(self.model(x), y)
         if epsilon == 0:
             return loss
         self.model.eval()
-        graph.eval()
         worst = _worst(graph, last, _box(x, epsilon, self.clip), y)
         return kappa * loss + (1 - kappa) * functional.cross_entropy(worst, y)
 
@@ -317,28 +339,28 @@ def _module(model: nn.Module) -> nn.Module:
     return model
 
 
-def _split(model: nn.Module) -> tuple[nn.Module, nn.Linear | None]:
-    """Cut off the last linear layer of a Sequential."""
-    if isinstance(model, nn.Sequential) and len(model) > 0 and isinstance(model[-1], nn.Linear):
-        return model[:-1], model[-1]
-    return model, None
-
-
 def _box(x: Tensor, epsilon: float, clip: tuple[float, float] | None) -> Interval:
     lower, upper = x - epsilon, x + epsilon
     return Interval(lower, upper) if clip is None else Interval(lower.clamp(*clip), upper.clamp(*clip))
 
 
-def _worst(graph: nn.Module, last: nn.Linear | None, box: Interval, y: Tensor) -> Tensor:
-    found = interval_forward(graph, box.lower, box.upper)  # type: ignore[arg-type]
+def _worst(graph: fx.GraphModule, last: nn.Linear | None, box: Interval, y: Tensor) -> Tensor:
+    found = interval_forward(graph, box.lower, box.upper)
+    classes = found.lower.shape[-1] if last is None else last.out_features
+    if found.lower.ndim != 2:
+        raise checks.ModelError(
+            f"the network answers shape {tuple(found.lower.shape)}; allowed: (n, classes). Return the logits alone."
+        )
+    checks.labels("y", y, n_classes=classes)
     if last is None:
         lead = found.upper - found.lower.gather(1, y[:, None])
-        return lead.scatter(1, y[:, None], 0.0)
-    weight = last.weight - last.weight[y][:, None]  # [n, k, d]: W_k - W_y
-    lead = torch.einsum("nkd,nd->nk", weight, found.centre) + torch.einsum(
-        "nkd,nd->nk", weight.abs(), found.radius
-    )
-    return lead if last.bias is None else lead + last.bias - last.bias[y][:, None]
+    else:
+        weight = last.weight - last.weight[y][:, None]  # [n, k, d]: W_k - W_y
+        lead = torch.einsum("nkd,nd->nk", weight, found.centre)
+        lead = lead + torch.einsum("nkd,nd->nk", weight.abs(), found.radius)
+        if last.bias is not None:
+            lead = lead + last.bias - last.bias[y][:, None]
+    return lead.scatter(1, y[:, None], 0.0)
 
 
 def _batches(n: int, size: int, generator: torch.Generator) -> Iterator[Tensor]:
@@ -356,5 +378,9 @@ def _evaluating(model: nn.Module) -> Iterator[None]:
         model.eval()
         yield
     finally:
-        for module, training in modes.items():
-            module.training = training
+        _restore(modes)
+
+
+def _restore(modes: dict[nn.Module, bool]) -> None:
+    for module, training in modes.items():
+        module.training = training

@@ -1,0 +1,1 @@
+"""Models from private data: noisy gradients, perturbed posterior samples, and low-rank recommendations."""

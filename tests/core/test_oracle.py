@@ -323,3 +323,8 @@ def test_memory_sizes(given, size: int) -> None:
 def test_refusals(call, match: str) -> None:
     with pytest.raises(checks.PerturbkitError, match=match):
         call()
+
+
+def test_a_model_that_writes_into_its_input_is_refused():
+    with pytest.raises(checks.ModelError, match="writes into its input"):
+        Oracle(lambda x: x.mul_(2))(torch.ones(3, 2))

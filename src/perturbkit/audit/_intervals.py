@@ -11,10 +11,10 @@ import torch
 from perturbkit.core.statistics import bootstrap_interval, clopper_pearson
 
 
-def share_interval(hits: Any) -> tuple[float, float]:
-    """Return the exact 95 % interval of the share of true values, also where all or none are."""
+def share_interval(hits: Any, *, among: int = 1) -> tuple[float, float]:
+    """Return the exact 95 % interval of the share of true values, for all of ``among`` intervals together."""
     flags = np.asarray(hits, dtype=bool)
-    found = clopper_pearson(int(flags.sum()), len(flags))
+    found = clopper_pearson(int(flags.sum()), len(flags), 1 - 0.05 / among)
     return float(found.low), float(found.high)
 
 

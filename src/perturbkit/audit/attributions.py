@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from perturbkit.audit.context import Attributions, Context
-from perturbkit.audit.subject import Subject
+from perturbkit.audit.subject import Subject, to_probabilities
 from perturbkit.core import Oracle
 from perturbkit.explain import integrated_gradients, occlusion
 
@@ -102,7 +102,7 @@ def _text(subject: Subject, rows: Tensor, target: Tensor) -> Attributions:
         return [" ".join(w for w, k in zip(texts[i], row, strict=False) if k) for row in kept.tolist()]
 
     def probability(i: int, batch: list[str]) -> Tensor:
-        return subject.predict_texts(batch).double().softmax(1)[:, int(target[i])]
+        return torch.from_numpy(to_probabilities(subject.predict_texts(batch))[:, int(target[i])].copy())
 
     removed = torch.zeros(len(rows), width, dtype=torch.float64)
     for i, row in enumerate(texts):

@@ -42,7 +42,8 @@ Eps = Annotated[
 ]
 Alpha = Annotated[float, typer.Option(help="Miscoverage allowed to conformal sets.")]
 
-EXIT_REFUSED, EXIT_INTERRUPTED = 4, 130
+# 70 is what sysexits.h calls an internal error; 1 would say that a gate failed.
+EXIT_REFUSED, EXIT_INTERNAL, EXIT_INTERRUPTED = 4, 70, 130
 
 
 @app.command()
@@ -111,7 +112,7 @@ def run(
     """Audit a model of your own.
 
     Exit codes: 0 every gate passed (none set: finished), 1 a gate failed, 2 usage, 3 a gated quantity could not be
-    measured, 4 model or data refused, 130 interrupted (a partial report is written).
+    measured, 4 model or data refused, 70 an error of perturbkit's own, 130 interrupted (a partial report is written).
     """
     limits = _bounds(bounds)
     options = {
@@ -165,8 +166,9 @@ def _audit(
             tuple(only or ()), tuple(skip or ())
         )
         rules = None if gates is None else read_gates(gates)
-        from perturbkit.audit.runner import audit_subject
+        from perturbkit.audit.runner import audit_subject, prepare_folder
 
+        prepare_folder(out)  # before the model is opened: a refusal must not leave an older report behind
         report = _with_progress(opened, request, audit_subject, quiet)
         if rules is not None:
             report = replace(report, judgement=judge(report.findings, rules))
@@ -255,14 +257,24 @@ def _print_gates(judgement: Any) -> None:
 
 @contextlib.contextmanager
 def _refusals() -> Iterator[None]:
-    """Turn a refused model or data into exit code 4, a refused option into 2, an interruption into 130."""
-    from perturbkit.core.checks import DataError, ModelError
+    """Turn a refused model or data into exit code 4, an interruption into 130, an error of our own into 70."""
+    from perturbkit.core.checks import DataError, ModelError, PerturbkitError
 
     try:
         yield
     except (ModelError, DataError) as error:
         typer.echo(f"perturbkit: {error}", err=True)
         raise typer.Exit(EXIT_REFUSED) from None
+    except (typer.Exit, PerturbkitError):
+        raise
+    except Exception as error:
+        import traceback
+
+        traceback.print_exc()
+        typer.echo(
+            f"perturbkit: an error of its own, {type(error).__name__}: {error}. Please report it.", err=True
+        )
+        raise typer.Exit(EXIT_INTERNAL) from None
     except KeyboardInterrupt:
         typer.echo("interrupted before the first section: no report", err=True)
         raise typer.Exit(EXIT_INTERRUPTED) from None

@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 
 from perturbkit.audit.request import AuditRequest
-from perturbkit.audit.subject import Subject
-from perturbkit.core import Cost, Oracle
+from perturbkit.audit.subject import Subject, is_probability
+from perturbkit.core import Cost, Oracle, unwrap_output
 
 __all__ = ["Attributions", "Context"]
 
@@ -71,6 +71,11 @@ class Context:
         """Return a generator for one purpose, from the seed of the request and the purpose's name."""
         return torch.Generator().manual_seed(self.request.seed * 2**32 + zlib.crc32(name.encode()))
 
+    def fair_rows(self, n: int) -> Tensor:
+        """Return ``n`` rows at random, right or wrong, the same for every section that asks for as many."""
+        order = torch.randperm(self.subject.n, generator=self.generator("fair rows"))
+        return order[:n].sort().values
+
     def correct_rows(self, n: int) -> Tensor:
         """Return ``n`` rows, spread over the data, those predicted correctly first."""
         right = self.subject.predictions() == self.subject.y
@@ -95,21 +100,32 @@ class Context:
         return attribute(self)
 
     def scaled_oracle(self) -> Oracle:
-        """Return the oracle in units of :attr:`scale`, so that radii of a table are in standard deviations."""
+        """Return the oracle in units of :attr:`scale`, so that radii of a table are in standard deviations.
+
+        Probabilities are turned into their logarithms: the gradient of a softmax vanishes where the model is sure, and
+        an attack that climbs it would report a radius that is not there.
+        """
         assert self.subject.oracle is not None
-        oracle = self.subject.oracle
-        if self.subject.task == "image":
-            return oracle
-        scale = self.scale
-        return _Scaled(oracle, scale)
+        return _Scaled(self.subject.oracle, self.scale, is_probability(self.subject.scores()))
+
+    @property
+    def scaled_bounds(self) -> tuple[Any, Any] | None:
+        """The range of valid inputs in units of :attr:`scale`."""
+        bounds = self.subject.bounds
+        return None if bounds is None else (bounds[0] / self.scale, bounds[1] / self.scale)
 
 
 class _Scaled(Oracle):
-    """An oracle of ``z = x / scale`` that adds its counts to the oracle of ``x``."""
+    """An oracle of ``z = x / scale``, in logarithms where it answers probabilities, that adds its counts to the inner one."""
 
-    def __init__(self, inner: Oracle, scale: Tensor) -> None:
-        self._inner, self._scale = inner, scale
-        super().__init__(lambda z: inner.fun(z * scale), memory=inner.memory, device=inner.device)
+    def __init__(self, inner: Oracle, scale: Tensor, probabilities: bool) -> None:
+        self._inner = inner
+
+        def scaled(z: Tensor) -> Tensor:
+            out = unwrap_output(inner.fun(z * scale.to(z.device)))
+            return out.clamp_min(1e-38).log() if probabilities else out
+
+        super().__init__(scaled, memory=inner.memory, chunk_size=inner.chunk_size, device=inner.device)
 
     def __call__(self, x: Tensor, *rows: Tensor) -> Tensor:
         with self._inner.frozen():

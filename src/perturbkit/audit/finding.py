@@ -108,6 +108,8 @@ class Finding(Result):
 
 def _short(value: float) -> str:
     """Three significant digits, without an exponent for everyday sizes."""
+    if math.isinf(value):
+        return "beyond reach"
     if value == 0 or 1e-3 <= abs(value) < 1e4:
         text = f"{value:.3f}" if abs(value) < 10 else f"{value:.1f}"
         return text

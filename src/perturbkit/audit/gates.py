@@ -135,6 +135,10 @@ def _judge(gate: Gate, findings: Mapping[str, Finding]) -> GateResult:
         return GateResult(gate, "inconclusive", math.nan, why)
     bound = metric.low if gate.direction == ">=" else metric.high
     tested = metric.value if gate.on == "estimate" or bound is None else bound
+    if gate.on == "bound" and bound is None and metric.n < 2:
+        return GateResult(
+            gate, "inconclusive", math.nan, f"{name} was measured on {metric.n} row, without an interval"
+        )
     if math.isnan(tested):
         return GateResult(gate, "inconclusive", math.nan, f"{name} could not be measured")
     passed = tested >= gate.limit if gate.direction == ">=" else tested <= gate.limit

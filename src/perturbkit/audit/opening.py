@@ -24,6 +24,7 @@ from perturbkit.core import Oracle, checks
 __all__ = ["open_data", "open_model", "open_subject"]
 
 _PICKLES = {".pkl", ".pickle", ".pt", ".pth", ".ckpt", ".bin", ".joblib", ".npy.pkl"}
+_MOST_CLASSES = 1_000_000
 _IMAGES = {".png", ".jpg", ".jpeg", ".bmp", ".webp"}
 
 
@@ -86,6 +87,7 @@ def open_subject(
         text_model=TextModel(fun) if kind == "text" and not isinstance(fun, Oracle) else None,
         notes=[*notes, *opened["notes"]],
     )  # fmt: skip
+    _match_dtype(subject, fun)
     _preflight(subject)
     return subject
 
@@ -155,7 +157,7 @@ def _import_model(module_name: str, attribute: str) -> Any:
             f"there is no module {module_name!r} in {Path.cwd()} or installed; allowed: a module that can be "
             "imported from here. Change into its folder or install it."
         ) from error
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         raise checks.ModelError(
             f"importing {module_name} failed: {type(error).__name__}: {error}. Make the import work on its own first."
         ) from error
@@ -174,7 +176,7 @@ def _import_model(module_name: str, attribute: str) -> Any:
         return target
     try:
         return target()
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         raise checks.ModelError(
             f"{module_name}:{attribute} raised {type(error).__name__}: {error}. Make the call work on its own first."
         ) from error
@@ -244,9 +246,14 @@ def open_data(
             f"the data is a {type(data).__name__}; allowed: a path or a pair (x, y). Pass (inputs, labels)."
         )
     path = _existing(Path(data))
+    suffix = path.suffix.lower()
+    if (group and suffix != ".csv") or (label and suffix not in (".csv", ".jsonl")):
+        flag, name = ("--groups", group) if group and suffix != ".csv" else ("--label", label)
+        raise checks.DataError(
+            f"{flag} names the column {name!r}, but {path} has no columns; allowed: {flag} with a .csv. Leave it out."
+        )
     if path.is_dir():
         return _from_folder(path)
-    suffix = path.suffix.lower()
     if suffix == ".csv":
         return _from_csv(path, label, group, task)
     if suffix == ".npz":
@@ -278,7 +285,9 @@ def _read_csv(path: Path) -> Any:
     import pandas as pd
 
     try:
-        frame = pd.read_csv(path)
+        # "None" is a fair name of a class; what is missing is empty or says so in the usual ways.
+        missing = ["", "NaN", "nan", "NA", "N/A", "null", "NULL"]
+        frame = pd.read_csv(path, keep_default_na=False, na_values=missing)
     except Exception as error:
         raise checks.DataError(
             f"{path} could not be read as CSV ({_first_line(error)}); allowed: a comma-separated table with a header "
@@ -307,7 +316,7 @@ def _encode_labels(values: Any, path: Path, classes: tuple[str, ...] = ()) -> tu
         )
     kind = values.dtype.kind
     if kind == "f":
-        if not bool((values == values.round()).all()):
+        if not bool((values == values.round()).all()) or not bool(np.isfinite(values).all()):
             raise checks.DataError(
                 f"{path} has labels that are not whole numbers; allowed: class numbers or names. Audits of "
                 "regressions are not supported; name the column of the class with --label."
@@ -315,12 +324,16 @@ def _encode_labels(values: Any, path: Path, classes: tuple[str, ...] = ()) -> tu
         values, kind = values.astype("int64"), "i"
     if kind in "iub" and not classes:
         y = torch.as_tensor(values.astype("int64").to_numpy().copy())
-        if int(y.min()) < 0:
+        if int(y.min()) < 0 or int(y.max()) >= _MOST_CLASSES:
+            wrong = int(y.min()) if int(y.min()) < 0 else int(y.max())
             raise checks.DataError(
-                f"{path} has the label {int(y.min())}; allowed: 0 and above. Number classes from 0."
+                f"{path} has the label {wrong}; allowed: 0 to {_MOST_CLASSES - 1}. Number classes from 0; name the column "
+                "of the class with --label if another was read."
             )
         return y, tuple(str(i) for i in range(int(y.max()) + 1))
-    names = classes or tuple(sorted(map(str, values.unique())))
+    names = classes or tuple(
+        sorted(map(str, values.unique()), key=lambda n: (not n.isdigit(), int(n) if n.isdigit() else 0, n))
+    )
     place = {name: i for i, name in enumerate(names)}
     unknown = sorted({str(v) for v in values} - set(place))
     if unknown:
@@ -336,7 +349,7 @@ def _from_csv(path: Path, label: str | None, group: str | None, task: str | None
     y, classes = _encode_labels(_column(frame, column, path, "--label"), path)
     groups = tuple(str(v) for v in _column(frame, group, path, "--groups")) if group else ()
     rest = frame.drop(columns=[column, *([group] if group else [])])
-    texts = [c for c in rest.columns if not np.issubdtype(np.asarray(rest[c]).dtype, np.number)]
+    texts = [c for c in rest.columns if rest[c].dtype.kind not in "iufb"]
     if task == "text" or (task is None and len(texts) == 1 and len(rest.columns) <= 2):
         name = "text" if "text" in rest.columns else (texts[0] if texts else rest.columns[0])
         return {
@@ -489,8 +502,9 @@ def _open_predictions(path: Path, label: str, group: str | None) -> Subject:
     except checks.PerturbkitError as error:
         raise checks.DataError(f"{path}: {error}") from error
     names = tuple(str(c) for c in table.columns)
-    numeric = labels.dtype.kind in "iufb"
-    y, _ = _encode_labels(labels, path, () if numeric else names)
+    # Labels that are names of columns mean those columns, also where the names are numbers.
+    named = {str(v) for v in labels.dropna()} <= set(names)
+    y, _ = _encode_labels(labels, path, names if named or labels.dtype.kind not in "iufb" else ())
     if int(y.max()) >= len(names):
         raise checks.DataError(
             f"{path} has the label {int(y.max())} but {len(names)} probability columns; allowed: labels "
@@ -507,12 +521,14 @@ def _open_predictions(path: Path, label: str, group: str | None) -> Subject:
 
 def _preflight(subject: Subject) -> None:
     """Ask the model about two rows, so that what cannot work is refused before anything is spent."""
-    two = subject.take(torch.arange(min(2, subject.n)))
+    if subject.n < 2:
+        raise checks.DataError(f"{subject.data_name} has {subject.n} row; allowed: at least two. Add data.")
+    two = subject.take(torch.arange(2))
     try:
         scores = two.scores()
     except checks.ModelError:
         raise
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         shape = "texts" if subject.task == "text" else f"an input of shape {tuple(two.x.shape)}"  # type: ignore[union-attr]
         raise checks.ModelError(
             f"the model {subject.name} raised {type(error).__name__} on {shape}: {_first_line(error)}. Allowed: a "
@@ -550,6 +566,21 @@ def _preflight(subject: Subject) -> None:
                 f"[{subject.bounds[0]:g}, {subject.bounds[1]:g}]. Scale the inputs (images to [0, 1], with the "
                 "normalisation inside the model), or state the range with --bounds LOW,HIGH."
             )
+
+
+def _match_dtype(subject: Subject, fun: Any) -> None:
+    """Give the inputs the precision of the model's parameters, and say so where that lowers theirs."""
+    module = fun.fun if isinstance(fun, Oracle) else fun
+    if subject.x is None or not isinstance(module, nn.Module):
+        return
+    wanted = next((p.dtype for p in module.parameters() if p.is_floating_point()), subject.x.dtype)
+    if subject.x.dtype != wanted:
+        if subject.x.dtype == torch.float64:
+            subject.remarks = (
+                *subject.remarks,
+                f"The inputs were converted from float64 to the model's {str(wanted)[6:]}.",
+            )
+        subject.x = subject.x.to(wanted)
 
 
 def _finite(values: Tensor, where: Any, columns: list[str] | None) -> None:

@@ -53,7 +53,7 @@ class AuditRequest:
 
     Attributes
     ----------
-    task : {"image", "tabular", "text", "predictions"} or None
+    task : {"image", "tabular", "text"} or None
         ``None``: told from the data.
     profile : {"quick", "standard", "full"}
         How much work to do.
@@ -95,11 +95,11 @@ class AuditRequest:
 
     def __post_init__(self) -> None:
         if self.task is not None:
-            checks.one_of("task", self.task, ("image", "tabular", "text", "predictions"))
+            checks.one_of("task", self.task, ("image", "tabular", "text"))
         checks.one_of("profile", self.profile, PROFILES)
         if self.n is not None:
             checks.integer("n", self.n, low=2)
-        checks.integer("seed", self.seed, low=0)
+        checks.integer("seed", self.seed, low=0, high=2**31 - 1)
         checks.one_of("norm", self.norm, ("linf", "l2"))
         if self.eps is not None:
             checks.positive("eps", self.eps)

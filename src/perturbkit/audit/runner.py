@@ -148,7 +148,7 @@ def audit_subject(
     announce: Callable[[Finding | Plan], None] | None = None,
 ) -> Report:
     """Audit an opened subject; ``announce`` hears the plan and each finding as it is finished."""
-    _prepare(request.out)
+    prepare_folder(request.out)
     chosen = _choose_rows(subject, request)
     plan = make_plan(chosen, request)
     if announce is not None:
@@ -180,7 +180,7 @@ def _run_section(name: str, refusal: str, context: Context) -> Finding:
     before, started = spent(context.subject.oracle), time.perf_counter()
     try:
         finding = module.run(context)
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         _log.debug("section %s failed", name, exc_info=True)
         why = f"{type(error).__name__}: {error}"
         finding = Finding(name, "failed", "This section failed; the others are not affected.", why=why)
@@ -221,15 +221,18 @@ def _from_predictions(predictions: Any, labels: Any) -> Subject:
     )  # fmt: skip
 
 
-def _prepare(out: Path | None) -> None:
-    """Make the folder of findings before anything is spent, without those of an earlier audit."""
+def prepare_folder(out: Path | None) -> None:
+    """Make the folder of the report before anything is spent, without the files of an earlier audit."""
     if out is None:
         return
     folder = out / "findings"
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        for old in folder.glob("*.json"):
-            old.unlink()
+        for old in (
+            *folder.glob("*.json"),
+            *(out / name for name in ("report.html", "audit.json", "metrics.csv")),
+        ):
+            old.unlink(missing_ok=True)
     except OSError as error:
         raise checks.ArgumentError(
             f"out is {out}, which cannot be written ({error.strerror}); allowed: a folder of yours. Choose another."

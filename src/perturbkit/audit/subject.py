@@ -133,8 +133,9 @@ class Subject:
         return to_probabilities(self.scores())
 
     def predictions(self) -> Tensor:
-        """Return the predicted class of every row."""
-        return self.scores().argmax(1)
+        """Return the predicted class of every row; -1 where the model answers NaN."""
+        scores = self.scores()
+        return torch.where(torch.isnan(scores).any(1), -1, scores.argmax(1))
 
     def predict_texts(self, texts: Sequence[str]) -> Tensor:
         """Return the outputs on texts, counted as evaluations of the oracle, in batches of 64."""
@@ -150,7 +151,7 @@ class Subject:
         return torch.cat(parts)
 
     def has_gradient(self) -> bool:
-        """Whether gradients reach the inputs: tried once on one row."""
+        """Whether gradients reach the inputs: tried once on a few rows, since a row may sit where they vanish."""
         if self._gradient is None:
             self._gradient = self._try_gradient()
         return self._gradient
@@ -163,16 +164,21 @@ class Subject:
                 model = self.text_model
                 if model is None or not (model.embed and model.from_embeddings and model.tokenize):
                     return False
-                ids, mask = model.tokenize(self.texts[:1])
+                ids, mask = model.tokenize(self.texts[:4])
                 embedded = model.embed(ids)
                 gradient = Oracle(model.from_embeddings, chunk_size=1).gradient(embedded, 0, mask)
             else:
                 assert self.x is not None
-                one = self.x[:1]
-                gradient = self.oracle.gradient(one, self.oracle(one).argmax(1))
-        except (RuntimeError, TypeError, checks.PerturbkitError):
+                few = self.x[:8]
+                gradient = self.oracle.gradient(few, self.oracle(few).argmax(1))
+        except (RuntimeError, TypeError, SystemExit, checks.PerturbkitError):
             return False
         return bool(torch.isfinite(gradient).all()) and bool((gradient != 0).any())
+
+
+def is_probability(scores: Tensor) -> bool:
+    """Whether every row is in [0, 1] and sums to one within 1e-3."""
+    return bool((scores >= -1e-6).all()) and bool(((scores.sum(1) - 1).abs() < 1e-3).all())
 
 
 def to_probabilities(scores: Tensor) -> np.ndarray:
@@ -181,7 +187,7 @@ def to_probabilities(scores: Tensor) -> np.ndarray:
     Rows that are in [0, 1] and sum to one within 1e-3 are taken for probabilities.
     """
     s = scores.detach().double().cpu()
-    if bool((s >= -1e-6).all()) and bool(((s.sum(1) - 1).abs() < 1e-3).all()):
+    if is_probability(s):
         p = s.clamp(0, 1)
         return (p / p.sum(1, keepdim=True)).numpy()
     return s.softmax(1).numpy()

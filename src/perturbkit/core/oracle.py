@@ -230,7 +230,13 @@ class Oracle:
 
     def _evaluate(self, x: Tensor, *rows: Tensor) -> Tensor:
         moved = [r if self.device is None else r.to(self.device) for r in (x, *rows)]
+        version = _version(moved[0])
         out = unwrap_output(self.fun(*moved))
+        if _version(moved[0]) != version:
+            raise checks.ModelError(
+                "the model writes into its input; allowed: a function that leaves its argument alone, since the same rows "
+                "are asked about again. Make it copy what it changes (x = x.clone())."
+            )
         if out.ndim == 0 or len(out) != len(x):
             raise checks.ModelError(
                 f"the model answered shape {tuple(out.shape)} to {len(x)} rows; allowed: one row an input, "
@@ -403,6 +409,11 @@ def parse_memory(memory: int | str) -> int:
             ) from None
         return int(checks.positive("memory", size))
     return checks.integer("memory", memory, low=1)
+
+
+def _version(x: Tensor) -> int:
+    """Return how often a tensor was written to; tensors under a functional transform keep no count."""
+    return 0 if torch._C._functorch.is_functorch_wrapped_tensor(x) or x.is_inference() else x._version
 
 
 def _out_of_memory(error: BaseException) -> bool:

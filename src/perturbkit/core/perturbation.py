@@ -357,7 +357,10 @@ class BallInBox:
 
 
 def around(
-    x: Tensor, norm: Norm, radius: float | Tensor, bounds: tuple[float, float] | None = (0.0, 1.0)
+    x: Tensor,
+    norm: Norm,
+    radius: float | Tensor,
+    bounds: tuple[float | Tensor, float | Tensor] | None = (0.0, 1.0),
 ) -> BallInBox:
     """Return the perturbations of inputs that stay in a ball and keep the inputs within bounds.
 
@@ -369,7 +372,7 @@ def around(
         The norm.
     radius : float or Tensor of shape (n,)
         The radius.
-    bounds : (float, float) or None
+    bounds : (float, float), two tensors that broadcast to ``x``, or None
         Smallest and largest value that ``x + delta`` may take; ``None`` for no bounds.
 
     Returns

@@ -73,6 +73,15 @@ def test_the_leapfrog_has_order_two():
     assert 1.7 < slope(error, 100) < 2.4
 
 
+def test_heun_averages_the_slopes_of_both_ends():
+    d, x = gaussian(EDM), start(4, 2, EDM)
+    s, t = 10.0, 4.0
+    first = d.eps(x, s)
+    expected = x + (t - s) * (first + d.eps(x + (t - s) * first, t)) / 2
+    times = torch.tensor([s, t], dtype=torch.float64)
+    torch.testing.assert_close(sample_bdia(d, x, times, base="heun").x, expected, rtol=1e-12, atol=1e-12)
+
+
 def test_the_last_two_states_are_returned():
     seen = []
     found = sample_bdia(

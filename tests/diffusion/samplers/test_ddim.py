@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from _common import Example
-from perturbkit.core import CosineSchedule, Denoiser, EDMSchedule, VPSchedule, ddim_step
+from perturbkit.core import CosineSchedule, Denoiser, EDMSchedule, FlowSchedule, VPSchedule, ddim_step
 from perturbkit.diffusion import sample_ddim
 
 
@@ -49,6 +49,10 @@ EXAMPLE = Example(
         (lambda: sample_ddim(gaussian(VP), start(VP), VP.times(4).flip(0)), "strictly decreasing"),
         (lambda: sample_ddim(gaussian(VP), start(VP), torch.tensor([3.0, 0.1])), "times starts at 3"),
         (lambda: sample_ddim(gaussian(VP), start(VP), VP.times(4), eta=2.0), "eta is 2"),
+        (
+            lambda: sample_ddim(gaussian(FlowSchedule(1.0)), start(VP), torch.tensor([1.0, 0.5])),
+            "no signal is left",
+        ),
         (lambda: sample_ddim(gaussian(VP), start(VP) * torch.inf, VP.times(4)), "infinite"),
     ),
 )
@@ -85,6 +89,15 @@ def test_ancestral_steps_keep_the_variance():
     assert abs(float(found.var()) - 0.5) < 0.5 * 4 * math.sqrt(2 / 20_000) + 0.005
     # The noise is fresh: the end does not follow the start as it does on the deterministic path.
     assert abs(float(torch.corrcoef(torch.stack([x[:, 0], found[:, 0]]))[0, 1])) < 0.2
+
+
+def test_fresh_noise_of_one_step_has_the_ancestral_deviation():
+    schedule = EDMSchedule(10.0)
+    still = Denoiser(lambda x, t: torch.zeros_like(x), schedule)
+    x = torch.zeros(40_000, 1, dtype=torch.float64)
+    found = sample_ddim(still, x, torch.tensor([4.0, 3.0]), eta=0.5, generator=0).x
+    expected = 0.5 * 3.0 * math.sqrt(1 - (3 / 4) ** 2)
+    assert abs(float(found.std()) / expected - 1) < 0.015
 
 
 def test_callback_sees_every_step():

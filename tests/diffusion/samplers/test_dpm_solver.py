@@ -45,6 +45,10 @@ EXAMPLE = Example(
     ),
     refusals=(
         (lambda: sample_dpm_solver(mixture()[0], start(), VE.times(4), order=4), "order is 4"),
+        (
+            lambda: sample_dpm_solver(mixture(EDMSchedule())[0], start(), torch.tensor([20.0, 0.0])),
+            "times ends at 0",
+        ),
         (lambda: sample_dpm_solver(None, start(), VE.times(4)), "denoiser is a NoneType"),
         (lambda: sample_dpm_solver_fast(mixture()[0], start(), 0), "n_evaluations is 0"),
         (lambda: sample_dpm_solver_adaptive(mixture()[0], start(), order=1), "order is 1"),

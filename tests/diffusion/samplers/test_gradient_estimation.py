@@ -110,7 +110,15 @@ def test_noise_has_the_variance_that_was_taken_away():
     d = Denoiser(lambda x, t: torch.zeros_like(x), EDM)
     x = torch.zeros(20_000, 1, dtype=torch.float64)
     found = sample_gradient_estimation(d, x, torch.tensor([4.0, 2.0]), noise_fraction=0.3, generator=0).x
-    assert abs(float(found.std()) - 2.0 * 0.3**0.5) < 0.02
+    assert abs(float(found.std()) - 2.0 * (0.3 * (1 - 0.5**2)) ** 0.5) < 0.02
+
+
+def test_noise_leaves_the_law_of_the_data_as_steps_shrink():
+    x = start(20_000, 1, VP, seed=7)
+    found = sample_gradient_estimation(
+        gaussian(), x, VP.times(300, t_end=1e-3), gamma=1.0, noise_fraction=0.9, generator=2
+    ).x
+    assert abs(float(found.var()) / 0.5 - 1) < 0.06
 
 
 def test_order_one_towards_the_exact_flow():

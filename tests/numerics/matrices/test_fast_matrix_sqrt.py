@@ -23,6 +23,9 @@ EXAMPLE = Example(
     refusals=(
         (lambda: matrix_sqrt(torch.ones(2, 3)), "a has shape"),
         (lambda: matrix_sqrt(torch.tensor([[1.0, 2.0], [0.0, 1.0]])), "off its transpose"),
+        (lambda: matrix_sqrt(torch.diag(torch.tensor([1.0, -1.0]))), "not positive definite"),
+        (lambda: matrix_sqrt(torch.zeros(2, 2)), "not positive definite"),
+        (lambda: lyapunov_solve(torch.ones(3, 2), torch.ones(3, 2)), "b has shape"),
         (lambda: matrix_sqrt(spd(), "schur"), "method is 'schur'"),
         (lambda: matrix_sqrt(spd(), degree=10), "degree is 10"),
         (lambda: matrix_sqrt(spd(), backward_iters=0), "backward_iters is 0"),
@@ -30,7 +33,7 @@ EXAMPLE = Example(
         (lambda: lyapunov_solve(spd() * torch.nan, spd()), "NaN"),
     ),
 )
-METHODS = {"pade": 21, "taylor": 601, "newton_schulz": 25, "eigh": 3}
+METHODS = {"pade": 41, "taylor": 601, "newton_schulz": 25, "eigh": 3}
 methods = pytest.mark.parametrize(("method", "degree"), METHODS.items())
 
 
@@ -59,6 +62,15 @@ def test_pade_is_closer_than_taylor_at_the_same_degree():
     assert errors["pade"] < 0.5 * errors["taylor"]
 
 
+@pytest.mark.parametrize("degree", [21, 41, 61])
+@pytest.mark.parametrize("inverse", [False, True])
+def test_high_degree_keeps_the_digits_of_single_precision(degree, inverse):
+    a = spd((4, 6), cond=20.0, seed=9)
+    exact = matrix_sqrt(a, "eigh", inverse=inverse)
+    found = matrix_sqrt(a.float(), degree=degree, inverse=inverse).double()
+    assert float((found - exact).norm() / exact.norm()) < 2e-6
+
+
 def test_pade_matches_the_series_it_is_made_of():
     # [m, m] agrees with the Taylor series up to z^(2m): on a matrix near the identity they differ only beyond.
     n = torch.eye(3, dtype=torch.float64) - 0.01 * spd((3,), cond=2.0) / 3
@@ -75,7 +87,7 @@ def test_gradcheck(method, degree, inverse):
     def root(f):
         return matrix_sqrt(f @ f.mT + eye, method, degree=degree, inverse=inverse, backward_iters=20)
 
-    assert torch.autograd.gradcheck(root, (factor.requires_grad_(True),), atol=1e-7)
+    assert torch.autograd.gradcheck(root, (factor.requires_grad_(True),), atol=1e-8, rtol=1e-6)
 
 
 def test_gradient_at_equal_eigenvalues_is_finite_where_that_of_eigh_is_not():

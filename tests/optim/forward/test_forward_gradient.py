@@ -74,6 +74,15 @@ def test_mean_and_variance(distribution):
     assert spread < 0.03 * expected
 
 
+@pytest.mark.parametrize(("distribution", "extra"), [("normal", 1), ("rademacher", -1)])
+def test_variance_in_closed_form(distribution, extra):
+    g = torch.tensor([3.0, 4.0], dtype=torch.float64)
+    assert float(forward_gradient_variance(g, 2, distribution)) == pytest.approx((2 + extra) * 25 / 2)
+    assert float(forward_gradient_variance([g[:1], g[1:]], 2, distribution)) == pytest.approx(
+        (2 + extra) * 25 / 2
+    )
+
+
 def test_several_directions_average_their_estimates():
     loss, params = problem(4)
     _, each = forward_gradient(loss, params, directions=7, average=False, generator=5)
@@ -138,8 +147,14 @@ def test_sgd_follows_the_formula_and_learns():
     optimizer.step(closure)
     torch.testing.assert_close(net.weight.detach(), start - 0.05 * first["weight"], rtol=1e-10, atol=1e-12)
     again = net.weight.detach().clone()
+    source = torch.Generator().manual_seed(3)
+    for weight in (start, again):
+        _, second = forward_gradient(
+            lambda p: ((x @ p["weight"].T - y) ** 2).mean(), {"weight": weight}, generator=source
+        )
     optimizer.step(closure)
-    assert float((net.weight.detach() - again).norm()) > 0
+    rate = 0.05 * torch.exp(torch.tensor(-0.1, dtype=torch.float64))
+    torch.testing.assert_close(net.weight.detach(), again - rate * second["weight"], rtol=1e-10, atol=1e-12)
     assert optimizer.param_groups[0]["t"] == 2
     slow = ForwardSGD(net, lr=0.05, decay=0.0, generator=4)
     losses = [float(slow.step(closure)) for _ in range(400)]

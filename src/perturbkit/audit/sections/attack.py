@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -42,32 +42,35 @@ def run(context: Context) -> Finding:
         return _text(context)
     subject, request = context.subject, context.request
     assert subject.x is not None
-    rows = context.correct_rows(context.rows["attack"])
-    rows = rows[subject.predictions()[rows] == subject.y[rows]]
-    if len(rows) == 0:
-        return Finding(
-            "attack",
-            "not run",
-            "No row is answered rightly.",
-            why="no row is answered rightly: there is nothing to change.",
-        )
-    oracle, scale = context.scaled_oracle(), context.scale
-    z, y = subject.x[rows] / scale, subject.y[rows]
+    rows = context.fair_rows(context.rows["attack"])
+    right = subject.predictions()[rows] == subject.y[rows]
+    if not bool(right.any()):
+        why = "no row that was drawn is answered rightly: there is nothing to change. Add rows with --n."
+        return Finding("attack", "not run", "No row is answered rightly.", why=why)
+    oracle, scale, bounds = context.scaled_oracle(), context.scale, context.scaled_bounds
+    z, y = subject.x[rows[right]] / scale, subject.y[rows[right]]
+    generator = context.generator("attack")
     if subject.has_gradient():
         result = fast_minimum_norm(
-            oracle, z, y, norm=request.norm, n_steps=STEPS[request.profile], bounds=subject.bounds
+            oracle, z, y, norm=request.norm, n_steps=STEPS[request.profile], bounds=bounds
         )  # fmt: skip
-        radius, adversarial, method = result.radius, result.x, "fast minimum-norm attack"
+        radius, adversarial, method = result.radius.clone(), result.x.clone(), "fast minimum-norm attack"
+        # Where the gradient leads nowhere, random directions may.
+        missed = torch.isinf(radius)
+        if bool(missed.any()):
+            radius[missed], adversarial[missed] = _by_direction(
+                oracle, z[missed], y[missed], request.norm, bounds, generator
+            )  # fmt: skip
     else:
-        radius, adversarial = _by_direction(
-            oracle, z, y, request.norm, subject.bounds, context.generator("attack")
-        )
+        radius, adversarial = _by_direction(oracle, z, y, request.norm, bounds, generator)
         method = "random directions"
-    # A radius counts only if the answer at it, asked for once more on the model itself, has changed.
+    # A radius counts only if the answer at it, asked for once more, has changed.
     confirmed = oracle(adversarial).argmax(1) != y
     radius = torch.where(confirmed, radius, math.inf).double()
-    control = _random_share(oracle, z, y, radius, request.norm, subject.bounds, context.generator("control"))
-    return _finding(context, radius, method, control, adversarial, z, rows)
+    control = _random_share(oracle, z, y, radius, request.norm, bounds, context.generator("control"))
+    everywhere = torch.zeros(len(rows), dtype=torch.float64)
+    everywhere[right] = radius
+    return _finding(context, everywhere, right, method, control, rows)
 
 
 def draw(finding: Finding) -> Figure:
@@ -92,21 +95,17 @@ def unit(request: AuditRequest, subject: Subject) -> str:
 
 
 def _finding(
-    context: Context,
-    radius: Tensor,
-    method: str,
-    control: float,
-    adversarial: Tensor,
-    z: Tensor,
-    rows: Tensor,
+    context: Context, radius: Tensor, right: Tensor, method: str, control: tuple[float, int], rows: Tensor
 ) -> Finding:
+    """Report radii of the rows answered rightly, and accuracy over all rows drawn; a wrong row has radius zero."""
     request, subject = context.request, context.subject
     eps = default_eps(request, subject)
-    values = radius.numpy()
+    values, all_values = radius[right].numpy(), radius.numpy()
     median = float(np.median(values))
-    low, high = _median_interval(context, values)
-    bearing = (values > eps).astype(float)
+    low, high = _median_interval(values)
+    bearing = all_values > eps
     share_low, share_high = share_interval(bearing)
+    changed, n_changed = control
     metrics = (
         Metric("radius.median", median, low, high, len(values), method),
         Metric(
@@ -114,54 +113,57 @@ def _finding(
             float(bearing.mean()),
             share_low,
             share_high,
-            len(values),
+            len(rows),
             f"{method}, eps {eps:.4g}",
         ),
-        Metric("random.changed", control, None, None, len(values), "random change of the same size"),
+        Metric("random.changed", changed, None, None, n_changed, "random change of the same size"),
     )
-    weak = median <= eps
     table = tuple(
-        (int(r), subject.classes[int(subject.y[r])], float(v)) for r, v in zip(rows, values, strict=True)
+        (int(r), subject.classes[int(subject.y[r])], float(v), "" if ok else "wrong already")
+        for r, v, ok in zip(rows, all_values, right.tolist(), strict=True)
     )[:20]
-    series = {"radius": values.tolist(), "unit": unit(request, subject), "eps": eps}
+    series = {"radius": all_values.tolist(), "unit": unit(request, subject), "eps": eps}
+    reach = (
+        "No change that was tried changes the answer on half of the rows answered rightly."
+        if math.isinf(median)
+        else f"Half of the rows answered rightly change their answer within {median:.3g} ({unit(request, subject)})"
+        + (f"; a random change of the same size changes {changed:.0%}." if n_changed else ".")
+    )
     return Finding(
-        "attack", "weak" if weak else "ok",
-        f"Half of the rows change their answer within {_shown(median)} ({unit(request, subject)}); a random change of "
-        f"the same size changes {control:.0%}.",
-        metrics, Table(("row", "class", "radius"), table), series,
+        "attack", "weak" if median <= eps else "ok", reach,
+        metrics, Table(("row", "class", "radius", ""), table), series,
         "That nothing smaller works: an attack finds an upper bound of the true radius. "
         + ("Gradients do not reach the input, so only random directions were tried; a real attacker does better."
            if method == "random directions" else "Other norms and natural changes are another matter."),
     )  # fmt: skip
 
 
-def _shown(value: float) -> str:
-    return "no size that was tried" if math.isinf(value) else f"{value:.3g}"
+def _median_interval(values: np.ndarray) -> tuple[float, float]:
+    """Return the distribution-free 95 % interval of the median between order statistics.
 
-
-def _median_interval(context: Context, values: np.ndarray) -> tuple[float | None, float | None]:
-    """Return the distribution-free interval of the median between order statistics."""
+    Below six rows no pair of order statistics covers it, so the interval is everything.
+    """
     from scipy.stats import binom
 
     ordered, n = np.sort(values), len(values)
     k = int(binom.ppf(0.025, n, 0.5))
-    if k < 1:
-        return (float(ordered[0]), float(ordered[-1])) if n > 1 else (None, None)
+    if k < 1 or n < 6:
+        return 0.0, math.inf
     return float(ordered[k - 1]), float(ordered[n - k])
 
 
 def _random_share(
     oracle: Oracle, z: Tensor, y: Tensor, radius: Tensor, norm: str,
-    bounds: tuple[float, float] | None, generator: torch.Generator,
-) -> float:  # fmt: skip
-    """Return how often a random change of the attack's own size changes the answer."""
+    bounds: tuple[Any, Any] | None, generator: torch.Generator,
+) -> tuple[float, int]:  # fmt: skip
+    """Return how often a random change of the attack's own size changes the answer, and over how many rows."""
     found = torch.isfinite(radius)
     if not bool(found.any()):
-        return 0.0
+        return math.nan, 0
     direction = _directions(z[found], 1, norm, generator)[0]
     moved = z[found] + direction * radius[found].to(z.dtype).reshape(-1, *[1] * (z.ndim - 1))
     moved = moved if bounds is None else moved.clamp(*bounds)
-    return float((oracle(moved).argmax(1) != y[found]).double().mean())
+    return float((oracle(moved).argmax(1) != y[found]).double().mean()), int(found.sum())
 
 
 def _directions(z: Tensor, n: int, norm: str, generator: torch.Generator) -> Tensor:
@@ -177,14 +179,14 @@ def _by_direction(
     z: Tensor,
     y: Tensor,
     norm: str,
-    bounds: tuple[float, float] | None,
+    bounds: tuple[Any, Any] | None,
     generator: torch.Generator,
 ) -> tuple[Tensor, Tensor]:
     """Bisect the radius along random directions: an attack that needs no gradient."""
     directions = _directions(z, _DIRECTIONS, norm, generator)
     many = z.expand_as(directions)
     largest = float(z.max() - z.min()) * (1.0 if norm == "linf" else math.sqrt(z[0].numel())) or 1.0
-    low, high = torch.zeros(directions.shape[:2]), torch.full(directions.shape[:2], largest)
+    low, high = z.new_zeros(directions.shape[:2]), z.new_full(directions.shape[:2], largest)
     shape = (*directions.shape[:2], *[1] * (z.ndim - 1))
 
     def at(size: Tensor) -> Tensor:
@@ -221,7 +223,7 @@ def _text(context: Context) -> Finding:
         )
     edits, examples, control = edits_until_change(subject, rows, context.generator("attack"))
     values = np.array(edits, dtype=float)
-    low, high = _median_interval(context, values)
+    low, high = _median_interval(values)
     broken = np.isfinite(values)
     share = float(broken.mean())
     share_low, share_high = share_interval(broken)
@@ -239,7 +241,7 @@ def _text(context: Context) -> Finding:
     )
     return Finding(
         "attack", "weak" if share > 0.5 else "ok",
-        f"Swapping two neighbouring letters in at most 5 words changes the answer on {share:.0%} of the texts; in words "
+        f"Swapping two neighbouring letters in at most 5 words changes the answer on {share:.0%} of the texts answered rightly; in words "
         f"chosen at random, {control:.0%}.",
         metrics, Table(("text", "edited", "words edited"), tuple(examples)),
         {"radius": [float(v) for v in values], "unit": "words edited", "eps": 0.0},

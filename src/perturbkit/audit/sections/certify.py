@@ -40,15 +40,10 @@ def run(context: Context) -> Finding:
     if context.subject.task == "text":
         return _text(context)
     subject = context.subject
-    rows = context.correct_rows(context.rows["certify"])
-    rows = rows[subject.predictions()[rows] == subject.y[rows]]
-    if len(rows) == 0:
-        return Finding(
-            "certify",
-            "not run",
-            "No row is answered rightly.",
-            why="no row is answered rightly: there is nothing to certify.",
-        )
+    rows = context.fair_rows(context.rows["certify"])
+    if not bool((subject.predictions()[rows] == subject.y[rows]).any()):
+        why = "no row that was drawn is answered rightly: there is nothing to certify. Add rows with --n."
+        return Finding("certify", "not run", "No row is answered rightly.", why=why)
     try:
         radius = _by_intervals(context, rows)
     except checks.PerturbkitError as error:
@@ -123,7 +118,9 @@ def _finding(
 ) -> Finding:
     subject, request = context.subject, context.request
     values = radius.double().numpy()
-    eps = default_eps(request, subject) if norm == request.norm else 0.0
+    # A size in another norm is another question: the gate on it is then left unanswered.
+    same = norm == request.norm
+    eps = default_eps(request, subject) if same else 0.0
     in_unit = unit(context.request.__class__(norm=norm), subject)
     proved = (values > eps).astype(float)
     low, high = bootstrap(values, context.generator("median"), np.median)
@@ -131,12 +128,12 @@ def _finding(
     metrics = (
         Metric("radius.median", float(np.median(values)), low, high, len(values), method),
         Metric(
-            "accuracy.at_eps",
+            "accuracy.at_eps" if same else "accuracy.proved",
             float(proved.mean()),
             share_low,
             share_high,
             len(values),
-            f"{method}, eps {eps:.3g}",
+            f"{method}, eps {eps:.3g}" if same else f"{method}, any radius above zero",
         ),
     )
     weak = float(np.median(values)) <= eps
@@ -160,7 +157,7 @@ def _finding(
 
 def _text(context: Context) -> Finding:
     subject, request = context.subject, context.request
-    rows = context.correct_rows(max(4, context.rows["certify"]))
+    rows = context.fair_rows(max(4, context.rows["certify"]))
     counts = ablation_certificate(
         subject, rows, n_draws=DRAWS[request.profile], alpha=_FAILURE, generator=context.generator("ablation")
     )

@@ -133,5 +133,5 @@ def _by_group(covered: np.ndarray, by: list[str]) -> list[tuple[str, int, float,
     found = []
     for name in sorted(set(by)):
         inside = covered[[b == name for b in by]]
-        found.append((name, len(inside), float(inside.mean()), *share_interval(inside)))
+        found.append((name, len(inside), float(inside.mean()), *share_interval(inside, among=len(set(by)))))
     return sorted(found, key=lambda row: row[2])

@@ -24,6 +24,10 @@ if TYPE_CHECKING:
 SHARE = 0.2
 NEEDS_MODEL = "explaining"
 _SHOWN = 4
+_LIMITS = (
+    "Why the model answers so, or whether what it looks at is right. Agreement of two methods is no proof that either is "
+    "faithful; see the next section."
+)
 
 
 def evaluations(subject: Subject, request: AuditRequest) -> int:
@@ -43,6 +47,12 @@ def run(context: Context) -> Finding:
     ranks = {name: _agreement(found.maps[a], found.maps[b], lengths) for name, (a, b) in pairs.items()}
     metrics: tuple[Metric, ...] = ()
     status = "ok"
+    if all(np.isnan(r).all() for r in ranks.values()):
+        status, headline = "ok", "There are fewer than three parts to an input, too few to compare two maps."
+        series, table = _details(context, found, methods)
+        return Finding(
+            "explain", status, headline, (), table, series, _LIMITS, papers=tuple(found.papers.values())
+        )
     control = float(np.nanmean(ranks["control"]))
     if "agreement" in ranks:
         values = ranks["agreement"][~np.isnan(ranks["agreement"])]
@@ -65,8 +75,7 @@ def run(context: Context) -> Finding:
     series, table = _details(context, found, methods)
     return Finding(
         "explain", status, headline, metrics, table, series,
-        "Why the model answers so, or whether what it looks at is right. Agreement of two methods is no proof that "
-        "either is faithful; see the next section.",
+        _LIMITS,
         papers=tuple(found.papers.values()),
     )  # fmt: skip
 

@@ -38,6 +38,9 @@ def run(context: Context) -> Finding:
     rows.append(
         ("better than the commonest class", f"{majority:.2f} by always answering it", _mark(not worse))
     )
+    broken = int(torch.isnan(subject.scores()).any(1).sum())
+    if broken:
+        rows.append(("an answer to every row", f"NaN on {broken} of {n} rows, counted as wrong", "look"))
     if subject.task != "predictions":
         rows.extend(_model_rows(context))
     rows.extend(("on opening", note, "look") for note in subject.notes)

@@ -63,6 +63,11 @@ def check_start(denoiser: Denoiser, x: Tensor, times: Tensor) -> None:
             f"times has {len(times)} values from {float(times[0]):g} to {float(times[-1]):g}; allowed: at least two, "
             "strictly decreasing, none below zero. Use schedule.times(n_steps)."
         )
+    if float(denoiser.schedule.alpha(times[0].double().cpu())) <= 0:
+        raise checks.ArgumentError(
+            f"times starts at {float(times[0]):g}, where no signal is left; allowed: times with alpha above 0. Start a "
+            "little later."
+        )
     if float(times[0]) > denoiser.schedule.t_max * (1 + 1e-9):
         raise checks.ArgumentError(
             f"times starts at {float(times[0]):g}; allowed: at most {denoiser.schedule.t_max:g}, the schedule's last "

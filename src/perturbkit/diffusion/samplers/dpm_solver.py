@@ -82,6 +82,11 @@ def sample_dpm_solver(
     """
     check_start(denoiser, x, times)
     checks.one_of("order", order, (1, 2, 3))
+    if float(denoiser.schedule.sigma(times[-1].double().cpu())) <= 0:
+        raise checks.ArgumentError(
+            f"times ends at {float(times[-1]):g}, where log-SNR is infinite; allowed: a last time with sigma above 0. End at "
+            "1e-3, or take sample_ddim for the last step."
+        )
     path, calls = Path(denoiser, times), denoiser.nfev
     for i in range(path.n_steps):
         x = _step(denoiser, x, path.points[i], path.points[i + 1], order)[0]

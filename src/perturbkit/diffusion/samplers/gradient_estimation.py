@@ -42,7 +42,7 @@ def sample_gradient_estimation(
     gamma : float
         Weight of the newest prediction, above 0; 1 is DDIM, 2 the paper's choice.
     noise_fraction : float
-        Share of fresh noise in [0, 1); 0 is deterministic.
+        Share of the ancestral sampler's fresh noise, in [0, 1); 0 is deterministic.
     generator : torch.Generator, int or None
         Source of the fresh noise.
     callback : callable, optional
@@ -63,8 +63,9 @@ def sample_gradient_estimation(
     With ``z = x / alpha``: ``z' = z + (lam' - lam) (gamma eps_i + (1 - gamma) eps_{i-1})``, the first step plain. Since
     ``lam eps`` is about the gradient of half the squared distance to the data, DDIM is gradient descent, and the
     second prediction removes part of the error of the first. ``gamma = 2`` is not the second-order weight (1.5 for
-    equal steps): the order stays 1, the gain is at few calls. Fresh noise replaces a share of the new level: the
-    step goes to ``lam' (1 - noise_fraction)^(1/2)`` and noise of the missing variance is added.
+    equal steps): the order stays 1, the gain is at few calls. With fresh noise
+    the step goes to ``lam' (1 - f)^(1/2)``, ``f = noise_fraction (1 - lam'^2 / lam^2)``, and noise of the missing variance
+    is added, so that what is added vanishes with the step.
 
     Cost: one call a step.
 
@@ -91,10 +92,11 @@ def sample_gradient_estimation(
         s, t = path.points[i], path.points[i + 1]
         eps = denoiser.eps(x, s.time)
         mean = eps if previous is None else torch.lerp(previous, eps, gamma)
-        kept = t.lam * math.sqrt(1 - noise_fraction)
+        fresh = noise_fraction * (1 - (t.lam / s.lam) ** 2)
+        kept = t.lam * math.sqrt(1 - fresh)
         x = (t.alpha / s.alpha) * x + (t.alpha * (kept - s.lam)) * mean
-        if noise_fraction > 0:
-            x = x + t.sigma * math.sqrt(noise_fraction) * randn(x.shape, generator=g, like=x)
+        if fresh > 0:
+            x = x + t.sigma * math.sqrt(fresh) * randn(x.shape, generator=g, like=x)
         previous = eps
         if callback is not None:
             callback(i, x)
@@ -158,7 +160,9 @@ def admissible_schedule(
             f"n_steps is {n_steps}; allowed for relative_error {eta:g} and nu {nu:g}: steps small enough to stay in "
             f"the band. {remedy}"
         )
-    return torch.logspace(math.log10(start), math.log10(stop), n_steps + 1, dtype=torch.float64)
+    levels = torch.logspace(math.log10(start), math.log10(stop), n_steps + 1, dtype=torch.float64)
+    levels[0], levels[-1] = start, stop
+    return levels
 
 
 def distance_function_error(denoiser: Denoiser, x: Tensor, t: float, points: Tensor) -> Tensor:

@@ -7,10 +7,8 @@ arXiv:2201.08663.
 
 from __future__ import annotations
 
-from functools import lru_cache
 from typing import Any, Literal
 
-import numpy as np
 import torch
 from scipy.special import binom
 from torch import Tensor
@@ -36,8 +34,8 @@ def matrix_sqrt(
     Parameters
     ----------
     a : Tensor, shape (..., d, d)
-        Symmetric positive definite matrices, floating point. Only symmetry is checked; add ``eps I`` to a matrix
-        whose condition number exceeds about 1e3.
+        Symmetric positive definite matrices, floating point. Add ``eps I`` where the condition number exceeds about 1e2,
+        or raise ``degree`` and ``backward_iters``.
     method : {"pade", "taylor", "newton_schulz", "eigh"}
         Diagonal Pade approximant, Taylor polynomial, the coupled Newton-Schulz iteration, or eigenvalues (exact,
         slow, for reference).
@@ -47,7 +45,8 @@ def matrix_sqrt(
     inverse : bool
         Return the inverse root.
     backward_iters : int
-        Iterations of the Lyapunov solver in the gradient, at least 1; it converges quadratically.
+        Iterations of the Lyapunov solver in the gradient, at least 1. The relative error of the gradient at 8 is about
+        3e-3 at condition number 100 and 0.2 at 1000; 12 suffice there.
 
     Returns
     -------
@@ -56,7 +55,7 @@ def matrix_sqrt(
     Raises
     ------
     ArgumentError, ArgumentTypeError
-        If the matrices are not square and symmetric, or an option is not allowed.
+        If the matrices are not square, symmetric and positive definite, or an option is not allowed.
 
     Notes
     -----
@@ -67,8 +66,8 @@ def matrix_sqrt(
     this: for ``G = dL / dA^(1/2)`` it solves ``A^(1/2) X + X A^(1/2) = G``, which has one solution whatever the
     eigenvalues; the gradient of a gradient is not defined.
 
-    Cost: Taylor ``degree - 1`` products of matrices, Pade half of that, a Cholesky factor and a solve, backward 5
-    products an iteration, all batched.
+    Cost: Taylor ``degree - 1`` products of matrices; Pade ``(degree - 1) / 2`` solves, as one batch, and two Cholesky
+    factors; backward 5 products an iteration, all batched.
 
     References
     ----------
@@ -89,6 +88,12 @@ def matrix_sqrt(
     if off > 1e-4 * float(a.detach().abs().amax()):
         raise checks.ArgumentError(
             f"a is off its transpose by up to {off:.3g}; allowed: symmetric matrices. Pass (a + a.mT) / 2."
+        )
+    failed = torch.linalg.cholesky_ex(a.detach())[1] != 0
+    if bool(failed.any()):
+        raise checks.ArgumentError(
+            f"a holds {int(failed.sum())} matrices that are not positive definite; allowed: eigenvalues above zero. Add "
+            "eps * I with a small eps."
         )
     checks.one_of("method", method, _METHODS)
     checks.integer("degree", degree, low=3)
@@ -140,6 +145,10 @@ def lyapunov_solve(b: Tensor, c: Tensor, *, iters: int = 8) -> Tensor:
     [0.5, 0.166667]
     """
     checks.tensor("b", b)
+    if b.ndim < 2 or b.shape[-1] != b.shape[-2]:
+        raise checks.ArgumentError(
+            f"b has shape {tuple(b.shape)}; allowed: (..., d, d). Pass square matrices."
+        )
     checks.same_shape("c", checks.tensor("c", c), "b", b)
     checks.integer("iters", iters, low=1)
     shape, d = c.shape, c.shape[-1]
@@ -203,10 +212,8 @@ def _scale(a: Tensor, method: str) -> Tensor:
     """
     if method != "pade":
         return a.flatten(-2).norm(dim=-1)[..., None, None]
-    factor, failed = torch.linalg.cholesky_ex(a)
-    mean = (2 * factor.diagonal(dim1=-2, dim2=-1).log().mean(-1)).exp()
-    fallback = a.flatten(-2).norm(dim=-1)
-    return torch.where((failed == 0) & torch.isfinite(mean), mean, fallback)[..., None, None]
+    factor = torch.linalg.cholesky_ex(a)[0]
+    return (2 * factor.diagonal(dim1=-2, dim2=-1).log().mean(-1)).exp()[..., None, None]
 
 
 def _taylor(n: Tensor, degree: int, inverse: bool) -> Tensor:
@@ -217,14 +224,22 @@ def _taylor(n: Tensor, degree: int, inverse: bool) -> Tensor:
 
 
 def _pade(n: Tensor, degree: int, inverse: bool) -> Tensor:
-    numerator, denominator = _pade_coefficients((degree - 1) // 2)
+    """Sum the partial fractions: powers of Z would lose every digit at high degree.
+
+    With ``w_j = j pi / degree`` the quotient is ``1 - sum_j (2 / degree) sin^2 w_j z / (1 - z cos^2 w_j)``, and its inverse
+    ``(1 + 2 sum_j 1 / (cos^2 w_j + n sin^2 w_j)) / degree``; each denominator is better conditioned than N.
+    """
+    m = (degree - 1) // 2
+    w = torch.arange(1, m + 1, dtype=torch.float64) * torch.pi / degree
+    shape = (m, *[1] * n.ndim)
+    sine, cosine = ((f(w) ** 2).to(n).reshape(shape) for f in (torch.sin, torch.cos))
     eye = torch.eye(n.shape[-1], dtype=n.dtype, device=n.device)
+    if inverse:
+        terms = torch.linalg.inv(cosine * eye + sine * n)
+        return (eye + 2 * terms.sum(0)) / degree
     z = eye - n
-    powers = [eye, z]
-    for _ in range(len(numerator) - 2):
-        powers.append(powers[-1] @ z)
-    p, q = (_weighted(c, powers) for c in (numerator, denominator))
-    return torch.linalg.solve(p, q) if inverse else torch.linalg.solve(q, p)
+    terms = torch.linalg.solve(eye - cosine * z, z.expand(m, *z.shape))
+    return eye - (2 / degree) * (sine * terms).sum(0)
 
 
 def _newton_schulz(n: Tensor, degree: int, inverse: bool) -> Tensor:
@@ -244,29 +259,9 @@ def _series(degree: int) -> list[float]:
     return [1.0, *(-abs(float(binom(0.5, k))) for k in range(1, degree + 1))]
 
 
-@lru_cache
-def _pade_coefficients(m: int) -> tuple[tuple[float, ...], tuple[float, ...]]:
-    """Return numerator and denominator of the [m, m] approximant of (1 - z)^(1/2), lowest power first.
-
-    ``prod_j (1 - z sin^2 w_j) / prod_j (1 - z cos^2 w_j)`` with ``w_j = j pi / (2 m + 1)``.
-    """
-    angles = np.arange(1, m + 1) * np.pi / (2 * m + 1)
-    p, q = (np.poly1d([1.0]), np.poly1d([1.0]))
-    for w in angles:
-        p, q = p * np.poly1d([-(np.sin(w) ** 2), 1.0]), q * np.poly1d([-(np.cos(w) ** 2), 1.0])
-    return tuple(p.coef[::-1]), tuple(q.coef[::-1])
-
-
 def _polynomial(coefficients: list[float], z: Tensor, eye: Tensor) -> Tensor:
     """Return the polynomial by Horner's rule."""
     total = coefficients[-1] * z
     for c in coefficients[-2:0:-1]:
         total = z @ (total + c * eye)
     return total + coefficients[0] * eye
-
-
-def _weighted(coefficients: tuple[float, ...], powers: list[Tensor]) -> Tensor:
-    total = coefficients[0] * powers[0]
-    for c, power in zip(coefficients[1:], powers[1:], strict=True):
-        total = total + c * power
-    return total

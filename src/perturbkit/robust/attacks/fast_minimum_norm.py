@@ -36,7 +36,7 @@ def fast_minimum_norm(
     y: Tensor,
     *,
     norm: Norm = "linf",
-    bounds: tuple[float, float] | None = (0.0, 1.0),
+    bounds: tuple[float | Tensor, float | Tensor] | None = (0.0, 1.0),
     n_steps: int = 100,
     gamma: float = 0.3,
     progress: ProgressLike = False,
@@ -53,7 +53,7 @@ def fast_minimum_norm(
         True labels.
     norm : {"l1", "l2", "linf"}
         What is kept small.
-    bounds : (float, float) or None
+    bounds : (float, float), two tensors that broadcast to ``x``, or None
         Range of valid inputs.
     n_steps : int
         Steps, at least 1.
@@ -121,7 +121,7 @@ def fast_minimum_norm(
 
 
 def _descend(
-    oracle: Oracle, x: Tensor, y: Tensor, norm: Norm, bounds: tuple[float, float] | None, n_steps: int, gamma: float,
+    oracle: Oracle, x: Tensor, y: Tensor, norm: Norm, bounds: tuple[float | Tensor, float | Tensor] | None, n_steps: int, gamma: float,
     progress: ProgressLike,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """Return the smallest adversarial perturbation visited and its norm, infinity where there was none."""
@@ -139,8 +139,7 @@ def _descend(
         best = torch.where(column(better, x), delta, best)
         shortest = torch.where(better, size, shortest)
         slope = row_norm(gradient, _DUAL[norm]).clamp_min(torch.finfo(x.dtype).tiny)
-        # A sparse step may end at the bounds before it reaches the boundary: then the radius at least doubles.
-        boundary = torch.maximum(size + lead / slope, 2 * size)
+        boundary = size + lead / slope
         grown = torch.where(torch.isfinite(shortest), size, boundary) * (1 + rate)
         radius = torch.where(lead < 0, shortest * (1 - rate), torch.minimum(grown, shortest))
         radius = torch.minimum(radius, farthest)

@@ -6,5 +6,6 @@ from . import explain as explain
 from . import numerics as numerics
 from . import optim as optim
 from . import papers as papers
+from . import privacy as privacy
 from . import robust as robust
 from . import uncertainty as uncertainty

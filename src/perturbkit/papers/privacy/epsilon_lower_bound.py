@@ -66,7 +66,7 @@ def _mechanisms() -> dict[str, tuple[float, float, object]]:
         "Laplace, epsilon 0.5": (0.5, 0.0, lambda r, c, n: r.laplace(c, 2.0, n)),
         "Laplace, epsilon 2": (2.0, 0.0, lambda r, c, n: r.laplace(c, 0.5, n)),
         "randomised response, epsilon 1": (
-            1.0, 0.0, lambda r, c, n: np.where(r.random(n) < np.e / (1 + np.e), c, 1 - c).astype(float),
+            1.0, 0.0, lambda r, c, n: np.asarray(np.where(r.random(n) < np.e / (1 + np.e), c, 1 - c), dtype=float),
         ),
         "Gaussian, epsilon 1, delta 0.01": (1.0, 1e-2, lambda r, c, n: r.normal(c, sigma, n)),
     }  # fmt: skip

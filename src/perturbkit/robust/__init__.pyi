@@ -2,6 +2,12 @@ from .attacks.fast_minimum_norm import fast_minimum_norm as fast_minimum_norm
 from .attacks.projected_gradient import projected_gradient as projected_gradient
 from .certificates.randomized_smoothing import SmoothedCertificate as SmoothedCertificate
 from .certificates.randomized_smoothing import randomized_smoothing as randomized_smoothing
+from .measurements.adversarial_sparsity import Sparsity as Sparsity
+from .measurements.adversarial_sparsity import SparsityReport as SparsityReport
+from .measurements.adversarial_sparsity import adversarial_sparsity as adversarial_sparsity
+from .measurements.adversarial_sparsity import cone_projection as cone_projection
+from .measurements.adversarial_sparsity import pixel_projection as pixel_projection
+from .measurements.adversarial_sparsity import sparsity_report as sparsity_report
 from .measurements.corrupt import IMAGE_CORRUPTIONS as IMAGE_CORRUPTIONS
 from .measurements.corrupt import TABLE_CORRUPTIONS as TABLE_CORRUPTIONS
 from .measurements.corrupt import corrupt as corrupt

@@ -6,6 +6,7 @@ nothing is skipped.
 
 from __future__ import annotations
 
+import inspect
 import operator
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -143,18 +144,24 @@ class _Propagate(fx.Interpreter):
     def call_function(self, target: Any, args: Any, kwargs: Any) -> Any:
         if not _has_interval((args, kwargs)):
             return super().call_function(target, args, kwargs)
-        rule = _FUNCTIONS.get(target)
-        if rule is None:
-            raise _unsupported(f"the operation {getattr(target, '__name__', target)}")
-        return rule(*args, **kwargs)
+        return _apply(
+            _FUNCTIONS.get(target), f"the operation {getattr(target, '__name__', target)}", args, kwargs
+        )
 
     def call_method(self, target: Any, args: Any, kwargs: Any) -> Any:
         if not _has_interval((args, kwargs)):
             return super().call_method(target, args, kwargs)
-        rule = _METHODS.get(target)
-        if rule is None:
-            raise _unsupported(f"the method {target}")
-        return rule(*args, **kwargs)
+        return _apply(_METHODS.get(target), f"the method {target}", args, kwargs)
+
+
+def _apply(rule: Callable[..., Any] | None, what: str, args: Any, kwargs: Any) -> Any:
+    if rule is None:
+        raise _unsupported(what)
+    try:
+        inspect.signature(rule).bind(*args, **kwargs)
+    except TypeError as error:
+        raise _unsupported(f"{what} with these arguments ({error})") from None
+    return rule(*args, **kwargs)
 
 
 def _in_place(node: fx.Node, root: nn.Module) -> bool:

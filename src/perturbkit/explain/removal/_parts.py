@@ -1,11 +1,13 @@
-"""What the removal methods share: what takes the place of a removed part."""
+"""What the removal methods share: what takes the place of a removed part, and subsets with their weights."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 
 from perturbkit.core import checks
+from perturbkit.core.random import uniform
 
 
 def expanded_baseline(baseline: Tensor | float, x: Tensor) -> Tensor:
@@ -85,3 +87,75 @@ def segment_means(image: Tensor, numbers: Tensor) -> Tensor:
     sums = image.new_zeros(len(image), count).index_add_(1, index, flat)
     sizes = image.new_zeros(count).index_add_(0, index, torch.ones_like(flat[0]))
     return (sums / sizes)[:, index].reshape(image.shape)
+
+
+def gaussian_blur(x: Tensor, sigma: float, mode: str = "reflect") -> Tensor:
+    """Return images (n, channels, height, width) under a Gaussian cut off beyond three standard deviations."""
+    reach = int(3 * sigma) + 1
+    if mode == "reflect":
+        reach = min(reach, min(x.shape[2:]) - 1)
+    line = torch.arange(-reach, reach + 1, dtype=x.dtype, device=x.device)
+    kernel = torch.exp(-(line**2) / (2 * sigma**2))
+    kernel = kernel / kernel.sum()
+    wide = functional.pad(x.flatten(0, 1)[:, None], (reach, reach, reach, reach), mode=mode)
+    rows = functional.conv2d(wide, kernel.reshape(1, 1, 1, -1))
+    return functional.conv2d(rows, kernel.reshape(1, 1, -1, 1)).reshape(x.shape)
+
+
+def blur_pyramid(x: Tensor, levels: int, largest: float) -> Tensor:
+    """Return blurs from none to the largest, shape (n, levels, channels, height, width)."""
+    sigmas = [largest * level / (levels - 1) for level in range(1, levels)]
+    return torch.stack([x, *(gaussian_blur(x, sigma, "replicate") for sigma in sigmas)], 1)
+
+
+def between_levels(levels: Tensor, mask: Tensor) -> Tensor:
+    """Interpolate between levels: the first where the mask is 1, the last where it is 0."""
+    place = (1 - mask) * (levels.shape[1] - 1)
+    number = torch.arange(levels.shape[1], dtype=mask.dtype, device=mask.device)[:, None, None]
+    near = (1 - (place - number).abs()).clamp(min=0)
+    return (near[:, :, None] * levels).sum(1)
+
+
+def shapley_coefficients(masks: Tensor) -> Tensor:
+    """Return the matrix that takes the values of all subsets (their masks, one a row) to Shapley values."""
+    d = masks.shape[1]
+    size = masks.sum(1).double()
+    log_orders = _log_factorial(torch.tensor(float(d), dtype=torch.float64, device=masks.device))
+    with_part = torch.exp(_log_factorial(size - 1) + _log_factorial(d - size) - log_orders)
+    without = torch.exp(_log_factorial(size) + _log_factorial(d - size - 1) - log_orders)
+    return torch.where(masks > 0, with_part[:, None], -without[:, None])
+
+
+def shapley_kernel(masks: Tensor) -> Tensor:
+    """Return the Shapley kernel of each mask, zero for the empty and the full one, whose weight is infinite."""
+    d, size = masks.shape[1], masks.sum(1).double()
+    inside = (size > 0) & (size < d)
+    size = torch.where(inside, size, torch.ones_like(size))
+    whole = torch.tensor(float(d), dtype=torch.float64, device=masks.device)
+    log_choose = _log_factorial(whole) - _log_factorial(size) - _log_factorial(d - size)
+    weight = (d - 1) / (torch.exp(log_choose) * size * (d - size).clamp(min=1))
+    return torch.where(inside, weight, torch.zeros_like(weight))
+
+
+def kernel_masks(d: int, n: int, generator: torch.Generator) -> Tensor:
+    """Draw masks with chances as the Shapley kernel, each followed by its complement; none is empty or full."""
+    size = torch.arange(1, d, dtype=torch.float64)
+    edges = (1 / (size * (d - size))).cumsum(0)
+    drawn = uniform(((n + 1) // 2,), generator=generator, dtype=torch.float64) * edges[-1]
+    chosen = torch.searchsorted(edges, drawn).clamp(max=d - 2) + 1
+    half = orders(d, len(chosen), generator) < chosen[:, None]
+    return torch.stack((half, ~half), 1).flatten(0, 1)[:n]
+
+
+def order_masks(d: int, n: int, generator: torch.Generator) -> Tensor:
+    """Return the masks (n, d + 1, d) that arise as parts come in random orders, from none to all."""
+    return orders(d, n, generator)[:, None] < torch.arange(d + 1)[:, None]
+
+
+def orders(d: int, n: int, generator: torch.Generator) -> Tensor:
+    """Draw random orders: the place of each part, shape (n, d)."""
+    return uniform((n, d), generator=generator, dtype=torch.float64).argsort(1).argsort(1)
+
+
+def _log_factorial(n: Tensor) -> Tensor:
+    return torch.lgamma(n.clamp(min=0) + 1)

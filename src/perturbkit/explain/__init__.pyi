@@ -32,11 +32,6 @@ from .metrics.infidelity import optimal_infidelity_explanation as optimal_infide
 from .metrics.max_sensitivity import max_sensitivity as max_sensitivity
 from .metrics.max_sensitivity import smooth_explanation as smooth_explanation
 from .metrics.pointing_game import pointing_game as pointing_game
-from .removal.extremal_perturbation import ExtremalResult as ExtremalResult
-from .removal.extremal_perturbation import area_regulariser as area_regulariser
-from .removal.extremal_perturbation import extremal_channels as extremal_channels
-from .removal.extremal_perturbation import extremal_perturbation as extremal_perturbation
-from .removal.extremal_perturbation import smooth_mask as smooth_mask
 from .removal.lime_stratified import deficit as deficit
 from .removal.lime_stratified import lime_stratified as lime_stratified
 from .removal.lime_stratified import stratified_masks as stratified_masks

@@ -89,31 +89,15 @@ def segment_means(image: Tensor, numbers: Tensor) -> Tensor:
     return (sums / sizes)[:, index].reshape(image.shape)
 
 
-def gaussian_blur(x: Tensor, sigma: float, mode: str = "reflect") -> Tensor:
+def gaussian_blur(x: Tensor, sigma: float) -> Tensor:
     """Return images (n, channels, height, width) under a Gaussian cut off beyond three standard deviations."""
-    reach = int(3 * sigma) + 1
-    if mode == "reflect":
-        reach = min(reach, min(x.shape[2:]) - 1)
+    reach = min(int(3 * sigma) + 1, min(x.shape[2:]) - 1)
     line = torch.arange(-reach, reach + 1, dtype=x.dtype, device=x.device)
     kernel = torch.exp(-(line**2) / (2 * sigma**2))
     kernel = kernel / kernel.sum()
-    wide = functional.pad(x.flatten(0, 1)[:, None], (reach, reach, reach, reach), mode=mode)
+    wide = functional.pad(x.flatten(0, 1)[:, None], (reach, reach, reach, reach), mode="reflect")
     rows = functional.conv2d(wide, kernel.reshape(1, 1, 1, -1))
     return functional.conv2d(rows, kernel.reshape(1, 1, -1, 1)).reshape(x.shape)
-
-
-def blur_pyramid(x: Tensor, levels: int, largest: float) -> Tensor:
-    """Return blurs from none to the largest, shape (n, levels, channels, height, width)."""
-    sigmas = [largest * level / (levels - 1) for level in range(1, levels)]
-    return torch.stack([x, *(gaussian_blur(x, sigma, "replicate") for sigma in sigmas)], 1)
-
-
-def between_levels(levels: Tensor, mask: Tensor) -> Tensor:
-    """Interpolate between levels: the first where the mask is 1, the last where it is 0."""
-    place = (1 - mask) * (levels.shape[1] - 1)
-    number = torch.arange(levels.shape[1], dtype=mask.dtype, device=mask.device)[:, None, None]
-    near = (1 - (place - number).abs()).clamp(min=0)
-    return (near[:, :, None] * levels).sum(1)
 
 
 def shapley_coefficients(masks: Tensor) -> Tensor:

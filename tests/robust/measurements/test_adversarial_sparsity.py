@@ -8,7 +8,7 @@ from scipy.integrate import quad
 from torch import nn
 
 from _common import Example
-from perturbkit.core import Oracle
+from perturbkit.core import Oracle, Sphere, around
 from perturbkit.core.random import as_generator, rademacher, randn, randperm, uniform
 from perturbkit.robust import adversarial_sparsity, cone_projection, pixel_projection, sparsity_report
 
@@ -71,8 +71,6 @@ def test_angles_of_a_linear_classifier_are_exact(d):
     )
     # The same directions: the start of the plain attack is drawn first.
     g = as_generator(3)
-    from perturbkit.core import Sphere, around
-
     around(x, "l2", eps, None).sample(x, generator=g)
     for i, m in enumerate(margin.tolist()):
         u = Sphere(1.0).sample(x[i : i + 1], generator=g, n=50)
@@ -81,6 +79,39 @@ def test_angles_of_a_linear_classifier_are_exact(d):
         torch.testing.assert_close(found.per_direction[i], expected, atol=1e-3, rtol=0)
         assert bool((found.per_direction[i] >= expected - 1e-9).all())
     assert found.unit == "radians"
+
+
+def test_angles_of_a_network_are_those_of_a_scan_of_the_circle():
+    net, x = network(seed=4, d=2), inputs(30, 2)
+    y, eps = net(x).argmax(1), 0.6
+    found = adversarial_sparsity(net, x, y, eps, bounds=None, n_directions=30, generator=0)
+    g = as_generator(0)
+    around(x, "l2", eps, None).sample(x, generator=g)
+    angles = 2 * math.pi * torch.arange(4000, dtype=F64) / 4000
+    circle = eps * torch.stack([angles.cos(), angles.sin()], 1)
+    near = []
+    for i in found.vulnerable.nonzero()[:, 0].tolist():
+        u = Sphere(1.0).sample(x[i : i + 1], generator=g, n=30)
+        adversarial = circle[net(x[i] + circle).argmax(1) != y[i]] / eps
+        expected = torch.acos((u @ adversarial.T).clamp(-1, 1)).amin(1)
+        assert bool((found.per_direction[i] >= expected - 2e-3).all())
+        assert torch.equal(found.per_direction[i] == 0, net(x[i] + eps * u).argmax(1) != y[i])
+        near.append(found.per_direction[i] < expected + 0.01)
+    assert len(near) > 8
+    assert float(torch.cat(near).double().mean()) > 0.9
+
+
+@pytest.mark.parametrize(("norm", "eps"), [("l2", 1.0), ("linf", 0.2)])
+def test_gradients_bring_directions_nearer(norm, eps):
+    from perturbkit.data import digits_classifier, load_digits8
+
+    net, digits = digits_classifier(8).module, load_digits8("test").rows(range(12))
+    options = {"norm": norm, "n_directions": 20, "generator": 0}
+    found = adversarial_sparsity(net, digits.x, digits.y, eps, attack_steps=20, **options)
+    one = adversarial_sparsity(net, digits.x, digits.y, eps, attack_steps=1, **options)
+    both = found.vulnerable & one.vulnerable
+    near, far = (float(s.mean[both].mean()) for s in (found, one))
+    assert near < 0.95 * far
 
 
 def test_the_mean_angle_is_its_quadrature():
@@ -117,8 +148,6 @@ def test_values_of_a_linear_classifier_are_the_cumulative_sums():
         attack_steps=5,
     )
     g = as_generator(5)
-    from perturbkit.core import around
-
     around(x, "linf", eps, None).sample(x, generator=g)
     place = torch.stack([randperm(d, generator=g) for _ in range(80)])
     corner = eps * rademacher((80, d), generator=g, like=x)
@@ -156,7 +185,7 @@ def test_the_cone_projection_at_its_edges():
     torch.testing.assert_close(along[0], u[0])
     for row, axis in zip(along[1:2], u[1:2], strict=True):
         assert float(torch.acos(row @ axis)) == pytest.approx(0.5)
-    assert bool(along.isfinite().all())
+    torch.testing.assert_close(along.norm(dim=1), torch.ones(3, dtype=F64))
     torch.testing.assert_close(cone_projection(-u, u, 0.0, 2.0), 2 * u)
     torch.testing.assert_close(cone_projection(-u, u, math.pi, 2.0), -2 * u, atol=1e-9, rtol=0)
 
@@ -178,6 +207,7 @@ def test_only_vulnerable_rows_are_measured_and_the_report_counts_the_rest(norm):
     found = adversarial_sparsity(net, x, y, eps, generator=0, **options)
     report = sparsity_report(net, x, y, eps, generator=0, **options)
     assert not bool(found.correct[:5].any())
+    assert not bool(found.vulnerable[:5].any())
     assert 3 < int(found.vulnerable.sum()) < 32
     assert torch.equal(found.mean.isnan(), ~found.vulnerable)
     assert torch.equal(found.per_direction.isnan().all(1), ~found.vulnerable)

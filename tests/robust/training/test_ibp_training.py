@@ -4,6 +4,8 @@ import dataclasses
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from torch import nn
 from torch.nn import functional
 
@@ -140,6 +142,24 @@ def test_verified_rows_resist_the_attack_and_the_bound_matches_batch_by_batch():
         found = projected_gradient(net, x, y, around(x, "linf", eps), n_steps=40, generator=0)
         assert not bool((found.success & proved).any())
         assert 0 < share < 1
+
+
+@settings(max_examples=15, deadline=None)
+@given(seed=st.integers(0, 2**31), scale=st.sampled_from([0.5, 1.0, 3.0]))
+def test_the_proved_radius_never_exceeds_the_radius_of_an_attack(seed, scale):
+    net = network(seed)
+    for p in net.parameters():
+        p.data *= scale
+    x = uniform((6, 5), generator=torch.Generator().manual_seed(seed + 1), dtype=F64)
+    y = net(x).argmax(1)
+    attacked = fast_minimum_norm(net, x, y, n_steps=30).radius
+    for row in range(6):
+        low, high = 0.0, 1.0
+        for _ in range(12):
+            middle = (low + high) / 2
+            proved = verified_accuracy(net, x[row : row + 1], y[row : row + 1], middle) == 1.0
+            low, high = (middle, high) if proved else (low, middle)
+        assert low <= float(attacked[row]) + 1e-9
 
 
 def test_the_loss_follows_its_schedule():

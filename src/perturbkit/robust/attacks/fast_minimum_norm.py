@@ -109,11 +109,9 @@ def fast_minimum_norm(
     oracle = Oracle.wrap(model)
     before = oracle.cost
     with oracle.frozen():
-        scores, labels = labels_for(oracle, x, y)
-        clean = scores.argmax(1) != labels
+        _, labels = labels_for(oracle, x, y)
         best, radius = _descend(oracle, x, labels, norm, bounds, n_steps, gamma, progress)
         best = _shorten(oracle, x, labels, best, torch.isfinite(radius))
-        best = torch.where(column(clean, x), 0.0, best)
         success = oracle(x + best).argmax(1) != labels
     radius = torch.where(success, row_norm(best, norm), torch.inf)
     found = torch.where(column(success, x), x + best, x)

@@ -7,6 +7,8 @@ exposed.
 
 from __future__ import annotations
 
+import math
+
 import numpy as np
 from matplotlib.figure import Figure
 
@@ -60,13 +62,19 @@ def _bound(draw: object, delta: float, seed: int) -> float:
     return epsilon_lower_bound(draw(rng, 0, _N), draw(rng, 1, _N), delta=delta).epsilon  # type: ignore[operator]
 
 
+def _randomised_response(rng: np.random.Generator, bit: int, n: int) -> np.ndarray:
+    """Tell the truth with the probability that makes epsilon one."""
+    truth = math.e / (1 + math.e)
+    return np.abs(bit - (rng.random(n) >= truth).astype(float))
+
+
 def _mechanisms() -> dict[str, tuple[float, float, object]]:
     sigma = gaussian_sigma(1.0, 1e-2)
     return {
         "Laplace, epsilon 0.5": (0.5, 0.0, lambda r, c, n: r.laplace(c, 2.0, n)),
         "Laplace, epsilon 2": (2.0, 0.0, lambda r, c, n: r.laplace(c, 0.5, n)),
         "randomised response, epsilon 1": (
-            1.0, 0.0, lambda r, c, n: np.asarray(np.where(r.random(n) < np.e / (1 + np.e), c, 1 - c), dtype=float),
+            1.0, 0.0, _randomised_response,
         ),
         "Gaussian, epsilon 1, delta 0.01": (1.0, 1e-2, lambda r, c, n: r.normal(c, sigma, n)),
     }  # fmt: skip

@@ -15,6 +15,7 @@ from perturbkit.core.random import randn, uniform
 from perturbkit.robust import (
     IBPTrainer,
     elided_worst_logits,
+    fast_minimum_norm,
     interval_bounds,
     projected_gradient,
     verified_accuracy,

@@ -17,7 +17,6 @@ from perturbkit.core import AttackResult, Ball, BallInBox, Box, Oracle, checks, 
 from perturbkit.core.progress import ProgressLike
 from perturbkit.core.random import Seed, as_generator
 from perturbkit.robust.attacks._parts import (
-    column,
     half_cosine,
     labels_for,
     margin,
@@ -62,7 +61,7 @@ def projected_gradient(
         Length of every step in the norm of the set. By default steps fall from twice the radius to a tenth of it
         along half a cosine, which breaks more rows than any constant length.
     n_restarts : int
-        Starts, at least 1; rows already broken are not attacked again.
+        Starts, at least 1.
     random_start : bool
         Start from a random point of the set; otherwise the first start is the clean input, or the nearest to it.
     loss : {"margin", "cross-entropy"}
@@ -88,9 +87,9 @@ def projected_gradient(
     -----
     ``delta <- P(delta + argmax_{|v| <= s} <grad, v>)`` with the exact projection on the ball and box together.
 
-    Every point visited counts, not the last one alone.
+    Every point visited counts, and a row that is broken is attacked no more.
 
-    Cost: a gradient a row, step and start, an evaluation of each start's end, and one of the clean row.
+    Cost: at most a gradient a row, step and start, an evaluation of each start's end, and one of the clean row.
 
     References
     ----------
@@ -125,24 +124,26 @@ def projected_gradient(
             rows = (~success).nonzero()[:, 0]
             if len(rows) == 0:
                 break
-            part, at, truth = _restrict(perturbation, rows, x), x[rows], labels[rows]
-            radius = _rows(ball.radius, rows, 1)
-            delta = part.sample(at, generator=g) if random_start or start > 0 else centre[rows]
-            wrong, broken = torch.zeros_like(rows, dtype=torch.bool), delta
+            tried, part = rows, _restrict(perturbation, rows, x)
+            delta = part.sample(x[rows], generator=g) if random_start or start > 0 else centre[rows]
             for step in track(range(n_steps), "projected gradient", progress=progress):
                 fall = half_cosine(step, n_steps)
                 lead, gradient = oracle.value_and_gradient(
-                    at + delta, truth, objective=_objective(loss, fall)
+                    x[rows] + delta, labels[rows], objective=_objective(loss, fall)
                 )
-                wrong |= lead < 0
-                broken = torch.where(column(lead < 0, at), delta, broken)
-                stride = Ball(ball.norm, radius * (0.1 + 1.9 * fall) if step_size is None else step_size)
-                delta = part.project(delta + steepest(gradient, stride, _room(part, delta)))
+                broken = lead < 0
+                if bool(broken.any()):
+                    best[rows[broken]], success[rows[broken]] = delta[broken], True
+                    rows, delta, gradient = rows[~broken], delta[~broken], gradient[~broken]
+                    if len(rows) == 0:
+                        break
+                    part = _restrict(perturbation, rows, x)
+                length = _rows(ball.radius, rows, 1) * (0.1 + 1.9 * fall) if step_size is None else step_size
+                delta = part.project(delta + steepest(gradient, Ball(ball.norm, length), _room(part, delta)))
+            best[rows] = delta
             # One evaluation tries the last point of the rows that still stand and confirms what broke the others.
-            found = torch.where(column(wrong, at), broken, delta)
-            wrong = oracle(at + found).argmax(1) != truth
-            best[rows[wrong]] = found[wrong]
-            success[rows[wrong]] = True
+            success[tried] = oracle(x[tried] + best[tried]).argmax(1) != labels[tried]
+            best[tried[~success[tried]]] = 0.0
     size = torch.where(success, row_norm(best, ball.norm), torch.inf)
     return AttackResult(x + best, success, size, ball.norm, oracle.cost - before)
 

@@ -31,6 +31,7 @@ __all__ = [
 ]
 
 _VALUES = 2**23  # perturbed values held at once
+_Found = tuple[Tensor, Tensor]
 
 
 @dataclass(frozen=True, eq=False)
@@ -341,9 +342,7 @@ class _Problem:
     def wrong(self, delta: Tensor, pairs: Tensor | slice = slice(None)) -> Tensor:
         return self.oracle(self.at(delta, pairs)).argmax(1) != self.y[pairs]
 
-    def attack(
-        self, start: Tensor, pairs: Tensor, project: Callable[[Tensor], Tensor], ball: Callable[[float], Ball]
-    ) -> tuple[Tensor, Tensor]:
+    def attack(self, start: Tensor, pairs: Tensor, project: Callable[[Tensor], Tensor], ball: Ball) -> _Found:
         """Climb inside a set from a start in it; return the last wrong point of each pair, and whether there was one."""
         delta, found = start, start
         broken = torch.zeros(len(pairs), dtype=torch.bool, device=start.device)
@@ -354,9 +353,15 @@ class _Problem:
             )
             found = torch.where(column(lead < 0, delta), delta, found)
             broken |= lead < 0
-            delta = project(delta + ball(0.1 + 1.9 * fall).maximiser(-gradient))
+            delta = project(delta - (0.1 + 1.9 * fall) * ball.maximiser(gradient))
         last = self.wrong(delta, pairs)
         return torch.where(column(last, delta), delta, found), broken | last
+
+    def climbed(self, start: Tensor, project: Callable[[Tensor], Tensor], ball: Ball) -> _Found:
+        """Attack every row once with its first pair, in the whole set, and give all of its pairs what was found."""
+        first = torch.arange(0, len(self.x), self.k, device=self.x.device)
+        found, broken = self.attack(start, first, project, ball)
+        return found.repeat_interleave(self.k, 0), broken.repeat_interleave(self.k)
 
 
 def _search_angles(problem: _Problem, plain: Tensor, n_halvings: int, generator: torch.Generator) -> Tensor:
@@ -364,8 +369,8 @@ def _search_angles(problem: _Problem, plain: Tensor, n_halvings: int, generator:
     eps, k = problem.epsilon, problem.k
     # Direction by direction for each row, so that the draws do not depend on how rows are grouped.
     u = torch.cat([Sphere(1.0).sample(row[None], generator=generator, n=k) for row in problem.rows])
-    best = cone_projection(plain.repeat_interleave(k, 0), u, math.pi, eps)
-    high = torch.where(problem.wrong(best), _angle(best, u), math.pi)
+    best, broken = problem.climbed(Sphere(eps).project(plain), Sphere(eps).project, Ball("l2", eps))
+    high = torch.where(broken, _angle(best, u), math.pi)
     high = torch.where(problem.wrong(eps * u), 0.0, high)
     low = torch.zeros_like(high)
     for _ in range(n_halvings):
@@ -377,9 +382,7 @@ def _search_angles(problem: _Problem, plain: Tensor, n_halvings: int, generator:
         def project(delta: Tensor, axis: Tensor = axis, angle: Tensor = angle) -> Tensor:
             return cone_projection(delta, axis, angle, eps)
 
-        found, broken = problem.attack(
-            project(best[pairs]), pairs, project, lambda share: Ball("l2", share * eps)
-        )
+        found, broken = problem.attack(project(best[pairs]), pairs, project, Ball("l2", eps))
         hit = pairs[broken]
         best[hit] = found[broken]
         high[hit] = torch.minimum(_angle(found[broken], axis[broken]), angle[broken])
@@ -394,7 +397,7 @@ def _search_values(problem: _Problem, plain: Tensor, n_halvings: int, generator:
     orders = [randperm(d, generator=generator, device=problem.x.device) for _ in problem.x]
     place = torch.stack(orders).reshape(problem.x.shape)
     corner = eps * rademacher(problem.x.shape, generator=generator, like=problem.x)
-    best = plain.repeat_interleave(k, 0)
+    best, _ = problem.climbed(plain, Ball("linf", eps).project, Ball("linf", eps))
     high = torch.where(problem.wrong(corner), 0, d)
     low = torch.zeros_like(high)
     for _ in range(n_halvings):
@@ -407,9 +410,7 @@ def _search_values(problem: _Problem, plain: Tensor, n_halvings: int, generator:
         def project(delta: Tensor, vertex: Tensor = vertex, free: Tensor = free) -> Tensor:
             return pixel_projection(delta, vertex, free, eps)
 
-        found, broken = problem.attack(
-            project(best[pairs]), pairs, project, lambda share: Ball("linf", share * eps)
-        )
+        found, broken = problem.attack(project(best[pairs]), pairs, project, Ball("linf", eps))
         hit = pairs[broken]
         best[hit] = found[broken]
         changed = torch.where(found != vertex, place[pairs] + 1, 0).flatten(1).amax(1)

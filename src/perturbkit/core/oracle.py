@@ -24,9 +24,9 @@ __all__ = ["Oracle", "parse_memory", "unwrap_output"]
 
 _log = logging.getLogger("perturbkit")
 
-# glibc serves blocks above 32 MiB by a fresh mapping every time, so that each use pays for its page faults again.
-# Chunks whose largest single activation stays below that are up to twice as fast on a CPU.
-_CPU_BLOCK = 32 * 2**20
+# On a CPU a chunk is large enough once its largest activation fills the caches: beyond that time no longer falls, memory
+# grows with every row, and above 32 MiB glibc maps each block afresh, so that it pays for its page faults every time.
+_CPU_BLOCK = 8 * 2**20
 _UNITS = {"": 1, "b": 1, "kb": 10**3, "mb": 10**6, "gb": 10**9, "kib": 2**10, "mib": 2**20, "gib": 2**30}
 
 

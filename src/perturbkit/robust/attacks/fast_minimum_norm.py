@@ -141,7 +141,9 @@ def _descend(
         grown = torch.where(torch.isfinite(shortest), size, boundary) * (1 + rate)
         radius = torch.where(lead < 0, shortest * (1 - rate), torch.minimum(grown, shortest))
         radius = torch.minimum(radius, farthest)
-        room = Box((low - x - delta).clamp_max(0), (high - x - delta).clamp_min(0))
+        room = None
+        if norm == "l1":
+            room = Box((low - x - delta).clamp_max(0), (high - x - delta).clamp_min(0))
         moved = delta + steepest(-gradient, Ball(norm, reach * radius), room)
         delta = around(x, norm, radius, bounds).project(moved)
     lead = margin(oracle(x + delta), y)

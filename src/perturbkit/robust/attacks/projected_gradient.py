@@ -124,12 +124,12 @@ def projected_gradient(
             rows = (~success).nonzero()[:, 0]
             if len(rows) == 0:
                 break
-            tried, part = rows, _restrict(perturbation, rows, x)
-            delta = part.sample(x[rows], generator=g) if random_start or start > 0 else centre[rows]
+            tried, part, at = rows, _restrict(perturbation, rows, x), x[rows]
+            delta = part.sample(at, generator=g) if random_start or start > 0 else centre[rows]
             for step in track(range(n_steps), "projected gradient", progress=progress):
                 fall = half_cosine(step, n_steps)
                 lead, gradient = oracle.value_and_gradient(
-                    x[rows] + delta, labels[rows], objective=_objective(loss, fall)
+                    at + delta, labels[rows], objective=_objective(loss, fall)
                 )
                 broken = lead < 0
                 if bool(broken.any()):
@@ -137,7 +137,7 @@ def projected_gradient(
                     rows, delta, gradient = rows[~broken], delta[~broken], gradient[~broken]
                     if len(rows) == 0:
                         break
-                    part = _restrict(perturbation, rows, x)
+                    part, at = _restrict(perturbation, rows, x), x[rows]
                 length = _rows(ball.radius, rows, 1) * (0.1 + 1.9 * fall) if step_size is None else step_size
                 delta = part.project(delta + steepest(gradient, Ball(ball.norm, length), _room(part, delta)))
             best[rows] = delta
@@ -174,8 +174,8 @@ def _restrict(perturbation: Ball | BallInBox, rows: Tensor, x: Tensor) -> Ball |
 
 
 def _room(part: Ball | BallInBox, delta: Tensor) -> Box | None:
-    """Return how far each value may still move."""
-    if isinstance(part, Ball):
+    """Return how far each value may still move, where the step needs to know: see ``steepest``."""
+    if isinstance(part, Ball) or part.ball.norm != "l1":
         return None
     low, high = part.box.low - delta, part.box.high - delta
     return Box(torch.as_tensor(low).clamp_max(0), torch.as_tensor(high).clamp_min(0))

@@ -24,7 +24,7 @@ from .request import PROFILES as PROFILES
 from .request import SECTIONS as SECTIONS
 from .request import AuditRequest as AuditRequest
 from .request import Profile as Profile
-from .runner import audit_subject as audit_subject
+from .runner import conduct as conduct
 from .runner import run as run
 from .subject import Subject as Subject
 from .subject import TextModel as TextModel

@@ -5,14 +5,21 @@ from __future__ import annotations
 import contextlib
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 if TYPE_CHECKING:
-    from perturbkit.audit.report import Report
+    from rich.console import Console
+    from rich.progress import Progress
+
+    from perturbkit.audit.finding import Finding
+    from perturbkit.audit.gates import Judgement
+    from perturbkit.audit.plan import Plan
+    from perturbkit.audit.request import AuditRequest
+    from perturbkit.audit.subject import Subject
 
 # Nothing heavy is imported up here: `perturbkit --help` reads this module.
 
@@ -66,14 +73,17 @@ def demo(
     quiet: Quiet = False,
 ) -> None:
     """Audit a bundled model on bundled data."""
-    options = {"profile": profile, "n": n, "seed": seed, "norm": norm, "eps": _number(eps), "alpha": alpha}
+    options = {
+        "profile": profile, "n": n, "seed": seed, "norm": norm, "eps": _number(eps), "alpha": alpha, "device": device,
+        "memory": memory,
+    }  # fmt: skip
 
-    def opened() -> Any:
+    def opened() -> Subject:
         from perturbkit.audit.demo import demo_subject
 
         return demo_subject(kind, memory=memory, device=device)
 
-    _audit(opened, options, only, skip, gates, out, device, memory, quiet, "perturbkit audit run MODEL DATA")
+    _audit(opened, options, only, skip, gates, out, quiet, "perturbkit audit run MODEL DATA")
 
 
 @app.command()
@@ -117,10 +127,10 @@ def run(
     limits = _bounds(bounds)
     options = {
         "task": task, "profile": profile, "n": n, "seed": seed, "norm": norm, "eps": _number(eps), "alpha": alpha,
-        "bounds": limits,
+        "bounds": limits, "device": device, "memory": memory,
     }  # fmt: skip
 
-    def opened() -> Any:
+    def opened() -> Subject:
         from perturbkit.audit.opening import open_subject
 
         return open_subject(
@@ -134,7 +144,7 @@ def run(
             memory=memory,
         )
 
-    _audit(opened, options, only, skip, gates, out, device, memory, quiet, "")
+    _audit(opened, options, only, skip, gates, out, quiet, "")
 
 
 @app.command()
@@ -152,80 +162,77 @@ def check(
 
 
 def _audit(
-    opened: Any, options: dict[str, Any], only: Any, skip: Any, gates: Path | None, out: Path, device: str | None,
-    memory: str | None, quiet: bool, hint: str,
+    opened: Callable[[], Subject], options: dict[str, Any], only: list[str] | None, skip: list[str] | None,
+    gates: Path | None, out: Path, quiet: bool, hint: str,
 ) -> None:  # fmt: skip
     started = time.perf_counter()
     with _refusals():
-        from dataclasses import replace
-
-        from perturbkit.audit.gates import judge, read_gates
         from perturbkit.audit.request import AuditRequest
+        from perturbkit.audit.runner import conduct
 
-        request = AuditRequest(**options, device=device, memory=memory, out=out).selecting(
-            tuple(only or ()), tuple(skip or ())
-        )
-        rules = None if gates is None else read_gates(gates)
-        from perturbkit.audit.runner import audit_subject, prepare_folder
-
-        prepare_folder(out)  # before the model is opened: a refusal must not leave an older report behind
-        report = _with_progress(opened, request, audit_subject, quiet)
-        if rules is not None:
-            report = replace(report, judgement=judge(report.findings, rules))
-        page = report.save(out)
+        request = AuditRequest(**options, out=out).selecting(tuple(only or ()), tuple(skip or ()))
+        with _announced(request, quiet) as announce:
+            report = conduct(opened, request, gates=gates, progress=False, announce=announce)
     if report.judgement is not None and not quiet:
         _print_gates(report.judgement)
     if report.interrupted:
         typer.echo("interrupted: the report holds what was finished", err=True)
-    took = f"wrote {page} in {time.perf_counter() - started:.0f} s"
+    took = f"wrote {out / 'report.html'} in {time.perf_counter() - started:.0f} s"
     typer.echo(took + (f"   next: {hint}" if hint and not quiet else ""))
     raise typer.Exit(report.exit_code)
 
 
-def _with_progress(opened: Any, request: Any, audit_subject: Any, quiet: bool) -> Report:
-    """Show a bar with the time left on a terminal, and one line a section everywhere."""
+@contextlib.contextmanager
+def _announced(request: AuditRequest, quiet: bool) -> Iterator[Callable[[Any], None]]:
+    """Show a bar with the time left on a terminal, and one line a piece of news everywhere."""
+    if quiet:
+        yield lambda news: None
+        return
     from rich.console import Console
-
-    from perturbkit.audit.finding import Finding
 
     # A person reads the lines: they go to standard error beside the bar, so that standard output is the path alone.
     console = Console(stderr=True, highlight=False, soft_wrap=True)
-    bar = None if quiet or not sys.stderr.isatty() else _bar(console)
-
-    def announce(news: Any) -> None:
-        if quiet:
-            return
-        if isinstance(news, Finding):
-            colour = {"ok": "green", "weak": "yellow", "failed": "red"}.get(news.status, "dim")
-            console.print(
-                f"{news.section:<13}[{colour}]{news.status:<8}[/]", _escaped(news.why or news.headline)
-            )
-            if bar is not None:
-                bar.advance(0, weights.get(news.section, 1))
-        else:
-            weights.update({s.name: max(s.evaluations, 50) for s in news.sections})
-            took = f"{news.seconds:.0f} s" if news.seconds < 100 else f"{news.seconds / 60:.0f} min"
-            console.print(
-                f"{'plan':<13}{'':<8}{_counted(len(news.sections), 'section')}, about {news.evaluations:,} evaluations, {took}"
-            )
-            if bar is not None:
-                bar.update(0, total=sum(weights.values()))
-
+    if not sys.stderr.isatty():
+        yield lambda news: _print_news(console, request, news)
+        return
     weights: dict[str, int] = {}
-    subject = opened()
-    if not quiet:
-        console.print(f"{'model':<13}{'':<8}{_escaped(subject.name)}, {len(subject.classes):,} classes")
-        rows = subject.n if request.rows is None else min(subject.n, request.rows)
+    with _bar(console) as bar:
+        task = bar.add_task("audit", total=None)
+
+        def announce(news: Any) -> None:
+            from perturbkit.audit.finding import Finding
+            from perturbkit.audit.plan import Plan
+
+            _print_news(console, request, news)
+            if isinstance(news, Plan):
+                weights.update({s.name: max(s.evaluations, 50) for s in news.sections})
+                bar.update(task, total=sum(weights.values()))
+            elif isinstance(news, Finding):
+                bar.advance(task, weights[news.section])
+
+        yield announce
+
+
+def _print_news(console: Console, request: AuditRequest, news: Subject | Plan | Finding) -> None:
+    from perturbkit.audit.finding import Finding
+    from perturbkit.audit.plan import Plan
+
+    if isinstance(news, Finding):
+        colour = {"ok": "green", "weak": "yellow", "failed": "red"}.get(news.status, "dim")
+        console.print(f"{news.section:<13}[{colour}]{news.status:<8}[/]", _escaped(news.why or news.headline))
+    elif isinstance(news, Plan):
+        took = f"{news.seconds:.0f} s" if news.seconds < 100 else f"{news.seconds / 60:.0f} min"
+        sections = _counted(len(news.sections), "section")
+        console.print(f"{'plan':<21}{sections}, about {news.evaluations:,} evaluations, {took}")
+    else:
+        rows = news.n if request.rows is None else min(news.n, request.rows)
+        console.print(f"{'model':<21}{_escaped(news.name)}, {len(news.classes):,} classes")
         console.print(
-            f"{'data':<13}{'':<8}{rows:,} of {subject.n:,} rows of {_escaped(subject.data_name)}, seed {request.seed}"
+            f"{'data':<21}{rows:,} of {news.n:,} rows of {_escaped(news.data_name)}, seed {request.seed}"
         )
-    with bar if bar is not None else contextlib.nullcontext():
-        if bar is not None:
-            bar.add_task("audit", total=None)
-        return audit_subject(subject, request, progress=False, announce=announce)
 
 
-def _bar(console: Any) -> Any:
+def _bar(console: Console) -> Progress:
     from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
     return Progress(
@@ -244,7 +251,7 @@ def _escaped(text: str) -> str:
     return escape("".join(c if c.isprintable() else " " for c in text))
 
 
-def _print_gates(judgement: Any) -> None:
+def _print_gates(judgement: Judgement) -> None:
     from rich.console import Console
 
     console = Console(stderr=True, highlight=False, soft_wrap=True)

@@ -23,7 +23,7 @@ from perturbkit.audit.subject import Subject
 from perturbkit.core import checks
 from perturbkit.core.progress import ProgressLike, track
 
-__all__ = ["audit_subject", "run"]
+__all__ = ["conduct", "run"]
 
 _log = logging.getLogger("perturbkit")
 
@@ -64,7 +64,7 @@ def run(
         0..classes-1; or a .csv, .npz or .jsonl file or a folder of images by class.
     predictions, labels : array
         Instead of model and data: probabilities (n, classes) and labels (n,), for calibration and conformal sets.
-    task : {"image", "tabular", "text", "predictions"}, optional
+    task : {"image", "tabular", "text"}, optional
         Told from the data by default.
     profile : {"quick", "standard", "full"}
         About a minute, ten, or all rows.
@@ -121,39 +121,65 @@ def run(
         task, profile, n, seed, norm=norm, eps=eps, alpha=alpha, bounds=bounds, device=device, memory=memory,
         out=None if out is None else Path(out),
     ).selecting(tuple(only), tuple(skip))  # fmt: skip
-    read = None if gates is None else read_gates(gates)
-    if predictions is not None:
-        subject = _from_predictions(predictions, labels)
-    else:
+
+    def opened() -> Subject:
+        if predictions is not None:
+            return _from_predictions(predictions, labels)
         if model is None:
             raise checks.ArgumentError(
                 "model is None; allowed: a model, or predictions= and labels=. Pass one."
             )
-        subject = open_subject(
+        return open_subject(
             model, data, task=task, label=label, group=groups, bounds=bounds, device=device, memory=memory
         )
-    report = audit_subject(subject, request, progress=progress)
-    if read is not None:
-        report = replace(report, judgement=judge(report.findings, read))
+
+    return conduct(opened, request, gates=gates, progress=progress)
+
+
+def conduct(
+    opened: Callable[[], Subject],
+    request: AuditRequest,
+    *,
+    gates: str | Path | Mapping[str, Any] | None = None,
+    progress: ProgressLike = None,
+    announce: Callable[[Subject | Plan | Finding], None] = lambda news: None,
+) -> Report:
+    """Open a subject, audit it, judge it by gates, and save the report where the request says.
+
+    Parameters
+    ----------
+    opened : callable
+        Opens the subject. It is called once gates are read and the folder is ready, so that a refusal costs nothing
+        and leaves no older report behind.
+    request : AuditRequest
+        What is asked.
+    gates, progress
+        As in :func:`run`.
+    announce : callable
+        Hears the subject, the plan and each finding as it is finished.
+    """
+    rules = () if gates is None else read_gates(gates)
+    _prepare_folder(request.out)
+    subject = opened()
+    announce(subject)
+    report = _audit(subject, request, progress, announce)
+    if rules:
+        report = replace(report, judgement=judge(report.findings, rules))
     if request.out is not None:
         report.save(request.out)
     return report
 
 
-def audit_subject(
+def _audit(
     subject: Subject,
     request: AuditRequest,
-    *,
-    progress: ProgressLike = None,
-    announce: Callable[[Finding | Plan], None] | None = None,
+    progress: ProgressLike,
+    announce: Callable[[Subject | Plan | Finding], None],
 ) -> Report:
-    """Audit an opened subject; ``announce`` hears the plan and each finding as it is finished."""
-    prepare_folder(request.out)
     chosen = _choose_rows(subject, request)
     plan = make_plan(chosen, request)
-    if announce is not None:
-        announce(plan)
-    context = Context(request, chosen, _with_explanations(plan.rows, chosen, request))
+    announce(plan)
+    context = Context(request, chosen, _with_explanations(plan.rows))
     findings: list[Finding] = []
     interrupted = False
     started = time.perf_counter()
@@ -162,8 +188,7 @@ def audit_subject(
             finding = _run_section(planned.name, planned.refusal, context)
             findings.append(finding)
             _keep(finding, request.out)
-            if announce is not None:
-                announce(finding)
+            announce(finding)
     except KeyboardInterrupt:
         interrupted = True
     return Report(
@@ -188,7 +213,7 @@ def _run_section(name: str, refusal: str, context: Context) -> Finding:
     return replace(finding, cost=cost, seconds=time.perf_counter() - started)
 
 
-def _with_explanations(rows: dict[str, int], subject: Subject, request: AuditRequest) -> dict[str, int]:
+def _with_explanations(rows: dict[str, int]) -> dict[str, int]:
     """Plan rows for the explanations also where only faithfulness asks for them."""
     both = [rows[s] for s in ("explain", "faithfulness") if s in rows]
     return {**rows, "explain": min(both)} if both else rows
@@ -221,7 +246,7 @@ def _from_predictions(predictions: Any, labels: Any) -> Subject:
     )  # fmt: skip
 
 
-def prepare_folder(out: Path | None) -> None:
+def _prepare_folder(out: Path | None) -> None:
     """Make the folder of the report before anything is spent, without the files of an earlier audit."""
     if out is None:
         return

@@ -44,7 +44,7 @@ def save_report(report: Report, folder: Path) -> Path:
     """
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        text = json.dumps(_strict(report.to_dict()), indent=1, allow_nan=False)
+        text = json.dumps(report.to_dict(), indent=1, allow_nan=False)
         (folder / "audit.json").write_text(text, encoding="utf-8")
         report.to_frame().to_csv(folder / "metrics.csv", index=False)
         page = folder / "report.html"
@@ -124,14 +124,3 @@ def _breakable(name: str) -> markupsafe.Markup:
     """Let a long dotted name break after a dot or an underscore."""
     parts = re.split(r"(?<=[._])", name)
     return markupsafe.Markup("<wbr>").join(markupsafe.escape(p) for p in parts)
-
-
-def _strict(value: Any) -> Any:
-    """Check that nothing is left that JSON cannot hold; floats that are not finite were encoded by the results."""
-    if isinstance(value, dict):
-        return {k: _strict(v) for k, v in value.items()}
-    if isinstance(value, list | tuple):
-        return [_strict(v) for v in value]
-    if isinstance(value, float) and not math.isfinite(value):
-        return {"float": str(value)}
-    return value

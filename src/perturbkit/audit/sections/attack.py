@@ -147,7 +147,7 @@ def _median_interval(values: np.ndarray) -> tuple[float, float]:
 
     ordered, n = np.sort(values), len(values)
     k = int(binom.ppf(0.025, n, 0.5))
-    if k < 1 or n < 6:
+    if k < 1:
         return 0.0, math.inf
     return float(ordered[k - 1]), float(ordered[n - k])
 

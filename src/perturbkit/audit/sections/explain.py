@@ -24,10 +24,6 @@ if TYPE_CHECKING:
 SHARE = 0.2
 NEEDS_MODEL = "explaining"
 _SHOWN = 4
-_LIMITS = (
-    "Why the model answers so, or whether what it looks at is right. Agreement of two methods is no proof that either is "
-    "faithful; see the next section."
-)
 
 
 def evaluations(subject: Subject, request: AuditRequest) -> int:
@@ -38,7 +34,7 @@ def evaluations(subject: Subject, request: AuditRequest) -> int:
 
 def run(context: Context) -> Finding:
     """Attribute the planned rows and measure the agreement of the methods."""
-    _subject, found = context.subject, context.attributions
+    found = context.attributions
     methods = [m for m in found.maps if m != "random"]
     lengths = [len(c) for c in found.cells]
     pairs = {"control": (methods[0], "random")}
@@ -48,13 +44,9 @@ def run(context: Context) -> Finding:
     metrics: tuple[Metric, ...] = ()
     status = "ok"
     if all(np.isnan(r).all() for r in ranks.values()):
-        status, headline = "ok", "There are fewer than three parts to an input, too few to compare two maps."
-        series, table = _details(context, found, methods)
-        return Finding(
-            "explain", status, headline, (), table, series, _LIMITS, papers=tuple(found.papers.values())
-        )
-    control = float(np.nanmean(ranks["control"]))
-    if "agreement" in ranks:
+        headline = "There are fewer than three parts to an input, too few to compare two maps."
+    elif "agreement" in ranks:
+        control = float(np.nanmean(ranks["control"]))
         values = ranks["agreement"][~np.isnan(ranks["agreement"])]
         low, high = bootstrap(values, context.generator("agreement"))
         mean = float(values.mean()) if len(values) else math.nan
@@ -75,7 +67,8 @@ def run(context: Context) -> Finding:
     series, table = _details(context, found, methods)
     return Finding(
         "explain", status, headline, metrics, table, series,
-        _LIMITS,
+        "Why the model answers so, or whether what it looks at is right. Agreement of two methods is no proof that "
+        "either is faithful; see the next section.",
         papers=tuple(found.papers.values()),
     )  # fmt: skip
 

@@ -1,3 +1,9 @@
+from .analysis.sampling_trajectory_geometry import EmpiricalDenoiser as EmpiricalDenoiser
+from .analysis.sampling_trajectory_geometry import TrajectoryGeometry as TrajectoryGeometry
+from .analysis.sampling_trajectory_geometry import annealed_mean_shift as annealed_mean_shift
+from .analysis.sampling_trajectory_geometry import sample_ode_jump as sample_ode_jump
+from .analysis.sampling_trajectory_geometry import score_deviation as score_deviation
+from .analysis.sampling_trajectory_geometry import trajectory_geometry as trajectory_geometry
 from .samplers.bdia import BDIAResult as BDIAResult
 from .samplers.bdia import invert_bdia as invert_bdia
 from .samplers.bdia import sample_bdia as sample_bdia

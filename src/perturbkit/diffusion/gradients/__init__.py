@@ -1,0 +1,1 @@
+"""Gradients through a sampler: adjoint equations, and optimisation of what a sampler draws while it draws."""

@@ -20,3 +20,7 @@ from .samplers.pndm import sample_pndm as sample_pndm
 from .samplers.predictor_corrector_guidance import guided_gaussian_variance as guided_gaussian_variance
 from .samplers.predictor_corrector_guidance import sample_guided as sample_guided
 from .samplers.predictor_corrector_guidance import sample_pcg as sample_pcg
+from .samplers.restoration_degradation import FlowError as FlowError
+from .samplers.restoration_degradation import ForwardSDE as ForwardSDE
+from .samplers.restoration_degradation import probability_flow_error as probability_flow_error
+from .samplers.restoration_degradation import sample_restoration_degradation as sample_restoration_degradation

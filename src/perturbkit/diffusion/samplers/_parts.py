@@ -9,7 +9,7 @@ from torch import Tensor
 
 from perturbkit.core import Cost, Denoiser, SampleResult, Schedule, checks
 
-__all__ = ["Path", "Point", "check_start", "transfer"]
+__all__ = ["Path", "Point", "check_start", "check_times", "transfer"]
 
 
 @dataclass(frozen=True)
@@ -57,12 +57,7 @@ def check_start(denoiser: Denoiser, x: Tensor, times: Tensor) -> None:
             "Denoiser(network, schedule, predicts='eps')."
         )
     checks.tensor("x", x)
-    checks.tensor("times", times, ndim=1)
-    if len(times) < 2 or not bool((times.diff() < 0).all()) or float(times[-1]) < 0:
-        raise checks.ArgumentError(
-            f"times has {len(times)} values from {float(times[0]):g} to {float(times[-1]):g}; allowed: at least two, "
-            "strictly decreasing, none below zero. Use schedule.times(n_steps)."
-        )
+    check_times(times)
     if float(denoiser.schedule.alpha(times[0].double().cpu())) <= 0:
         raise checks.ArgumentError(
             f"times starts at {float(times[0]):g}, where no signal is left; allowed: times with alpha above 0. Start a "
@@ -72,4 +67,14 @@ def check_start(denoiser: Denoiser, x: Tensor, times: Tensor) -> None:
         raise checks.ArgumentError(
             f"times starts at {float(times[0]):g}; allowed: at most {denoiser.schedule.t_max:g}, the schedule's last "
             "time. Start there."
+        )
+
+
+def check_times(times: Tensor) -> None:
+    """Check a grid of times."""
+    checks.tensor("times", times, ndim=1)
+    if len(times) < 2 or not bool((times.diff() < 0).all()) or float(times[-1]) < 0:
+        raise checks.ArgumentError(
+            f"times has {len(times)} values from {float(times[0]):g} to {float(times[-1]):g}; allowed: at least two, "
+            "strictly decreasing, none below zero. Use schedule.times(n_steps)."
         )

@@ -10,7 +10,7 @@ import torch
 from matplotlib.figure import Figure
 from torch import Tensor
 
-from perturbkit.core import Denoiser, EDMSchedule
+from perturbkit.core import Denoiser, EDMSchedule, Schedule
 from perturbkit.core.random import randn
 
 SCHEDULE = EDMSchedule(sigma_max=20.0)
@@ -53,13 +53,13 @@ def digits_bed(seed: int, n: int = 60, n_points: int = 500) -> Bed:
     return Bed(exact_denoiser(world), start, world.probability_flow(start, 20.0, END, rtol=1e-6))
 
 
-def exact_denoiser(world: Any) -> Denoiser:
-    """Return the exact denoiser of a world under the beds' schedule."""
+def exact_denoiser(world: Any, schedule: Schedule = SCHEDULE) -> Denoiser:
+    """Return the exact denoiser of a world, under the beds' schedule unless another is given."""
 
     def x0(x: Tensor, t: Tensor) -> Tensor:
-        return world.posterior_mean(x, 1.0, float(t[0]))
+        return world.posterior_mean(x, float(schedule.alpha(t[0])), float(schedule.sigma(t[0])))
 
-    return Denoiser(x0, SCHEDULE, predicts="x0")
+    return Denoiser(x0, schedule, predicts="x0")
 
 
 def idle_bed(bed: Bed) -> Bed:

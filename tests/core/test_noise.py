@@ -12,6 +12,7 @@ from perturbkit.core.noise import (
     DiscreteSchedule,
     EDMSchedule,
     FlowSchedule,
+    OUSchedule,
     VESchedule,
     VPSchedule,
     convert_prediction,
@@ -21,6 +22,7 @@ from perturbkit.core.noise import (
 SCHEDULES = {
     "vp": VPSchedule(),
     "vp-steep": VPSchedule(0.5, 12.0),
+    "ou": OUSchedule(5.0),
     "cosine": CosineSchedule(),
     "discrete": DiscreteSchedule.from_betas(torch.linspace(1e-4, 0.02, 1000, dtype=torch.float64)),
     "ve": VESchedule(),
@@ -165,6 +167,7 @@ def test_denoiser_takes_one_time_a_row():
     [
         (lambda: VPSchedule(beta_min=-1), "beta_min is -1; allowed"),
         (lambda: VPSchedule(2.0, 1.0), "beta_max is 1.0; allowed"),
+        (lambda: OUSchedule(0.0), "horizon"),
         (lambda: VESchedule(1.0, 0.5), "sigma_max"),
         (lambda: EDMSchedule(0), "sigma_max"),
         (lambda: FlowSchedule(1.5), "t_max"),

@@ -18,6 +18,7 @@ from .noise import Denoiser as Denoiser
 from .noise import DiscreteSchedule as DiscreteSchedule
 from .noise import EDMSchedule as EDMSchedule
 from .noise import FlowSchedule as FlowSchedule
+from .noise import OUSchedule as OUSchedule
 from .noise import Prediction as Prediction
 from .noise import Schedule as Schedule
 from .noise import VESchedule as VESchedule

@@ -24,6 +24,7 @@ __all__ = [
     "DiscreteSchedule",
     "EDMSchedule",
     "FlowSchedule",
+    "OUSchedule",
     "Prediction",
     "Schedule",
     "VESchedule",
@@ -201,6 +202,28 @@ class VPSchedule(_VariancePreserving):
     def time_of_log_alpha(self, log_alpha: Tensor) -> Tensor:
         half = 0.5 * self.beta_min
         return -2 * log_alpha / (half + (half**2 - (self.beta_max - self.beta_min) * log_alpha).sqrt())
+
+
+class OUSchedule(_VariancePreserving):
+    """The Ornstein-Uhlenbeck process ``dx = -x dt + sqrt(2) dW``: ``alpha = e^-t``, in which theory counts time.
+
+    Parameters
+    ----------
+    horizon : float
+        The last time.
+    """
+
+    def __init__(self, horizon: float = 8.0) -> None:
+        self.t_max = checks.positive("horizon", horizon)
+
+    def log_alpha(self, t: Time) -> Tensor:
+        return -_as_time(t)
+
+    def log_alpha_rate(self, t: Tensor) -> Tensor:
+        return -torch.ones_like(t)
+
+    def time_of_log_alpha(self, log_alpha: Tensor) -> Tensor:
+        return -log_alpha
 
 
 class CosineSchedule(_VariancePreserving):

@@ -4,6 +4,12 @@ from .analysis.sampling_trajectory_geometry import annealed_mean_shift as anneal
 from .analysis.sampling_trajectory_geometry import sample_ode_jump as sample_ode_jump
 from .analysis.sampling_trajectory_geometry import score_deviation as score_deviation
 from .analysis.sampling_trajectory_geometry import trajectory_geometry as trajectory_geometry
+from .analysis.score_sampling_bounds import KLBound as KLBound
+from .analysis.score_sampling_bounds import PathKL as PathKL
+from .analysis.score_sampling_bounds import decreasing_times as decreasing_times
+from .analysis.score_sampling_bounds import path_kl as path_kl
+from .analysis.score_sampling_bounds import sample_reverse_sde as sample_reverse_sde
+from .analysis.score_sampling_bounds import sampling_kl_bound as sampling_kl_bound
 from .samplers.bdia import BDIAResult as BDIAResult
 from .samplers.bdia import invert_bdia as invert_bdia
 from .samplers.bdia import sample_bdia as sample_bdia

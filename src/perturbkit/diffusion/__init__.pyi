@@ -1,3 +1,7 @@
+from .analysis.probability_flow_w2 import W2Bound as W2Bound
+from .analysis.probability_flow_w2 import probability_flow_w2_bound as probability_flow_w2_bound
+from .analysis.probability_flow_w2 import probability_flow_w2_gaussian as probability_flow_w2_gaussian
+from .analysis.probability_flow_w2 import steps_to_accuracy as steps_to_accuracy
 from .analysis.sampling_trajectory_geometry import EmpiricalDenoiser as EmpiricalDenoiser
 from .analysis.sampling_trajectory_geometry import TrajectoryGeometry as TrajectoryGeometry
 from .analysis.sampling_trajectory_geometry import annealed_mean_shift as annealed_mean_shift

@@ -14,6 +14,7 @@ from .analysis.score_sampling_bounds import decreasing_times as decreasing_times
 from .analysis.score_sampling_bounds import path_kl as path_kl
 from .analysis.score_sampling_bounds import sample_reverse_sde as sample_reverse_sde
 from .analysis.score_sampling_bounds import sampling_kl_bound as sampling_kl_bound
+from .gradients.adjoint_dpm import adjoint_sample as adjoint_sample
 from .samplers.bdia import BDIAResult as BDIAResult
 from .samplers.bdia import invert_bdia as invert_bdia
 from .samplers.bdia import sample_bdia as sample_bdia

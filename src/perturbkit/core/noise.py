@@ -436,10 +436,15 @@ class Denoiser:
 
     def __call__(self, x: Tensor, t: Time) -> Tensor:
         """Return the network's own answer at one time, or one time a row."""
-        rows = torch.as_tensor(t, dtype=x.dtype, device=x.device)
+        if isinstance(t, Tensor):
+            rows = t.to(x.device, x.dtype)
+            rows = rows.expand(len(x)) if rows.ndim == 0 else rows
+        else:
+            # Filled where it is needed: nothing is copied to a device, and nothing waits for it.
+            rows = x.new_full((len(x),), t)
         self.nfev += len(x)
         self.n_calls += 1
-        return self.fun(x, rows.expand(len(x)) if rows.ndim == 0 else rows)
+        return self.fun(x, rows)
 
     def predict(self, x: Tensor, t: Time, what: Prediction) -> Tensor:
         """Return the prediction in the parametrisation ``what``."""

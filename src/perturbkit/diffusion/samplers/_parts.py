@@ -9,7 +9,7 @@ from torch import Tensor
 
 from perturbkit.core import Cost, Denoiser, SampleResult, Schedule, checks
 
-__all__ = ["Path", "Point", "check_start", "check_times", "transfer"]
+__all__ = ["Path", "Point", "check_start", "check_times", "transfer", "weighted"]
 
 
 @dataclass(frozen=True)
@@ -33,11 +33,21 @@ class Path:
     def __init__(self, denoiser: Denoiser, times: Tensor) -> None:
         grid = times.detach().to("cpu", torch.float64)
         schedule = denoiser.schedule
-        columns = (grid, schedule.alpha(grid), schedule.sigma(grid), schedule.lam(grid))
-        self.points = [Point(*row) for row in zip(*(c.tolist() for c in columns), strict=True)]
+        self.schedule = schedule
+        self.points = self._points(grid)
         self.times = [p.time for p in self.points]
         self.n_steps = len(self.points) - 1
         self._grid = grid
+
+    def between(self, share: float) -> list[Point]:
+        """Return a point inside each step, this share of the way in log(alpha / sigma)."""
+        level = self.schedule.lam(self._grid).log()
+        return self._points(self.schedule.time(torch.lerp(level[:-1], level[1:], share).exp()))
+
+    def _points(self, grid: Tensor) -> list[Point]:
+        alpha, sigma = self.schedule.alpha(grid), self.schedule.sigma(grid)
+        columns = (grid, alpha, sigma, self.schedule.lam(grid))
+        return [Point(*row) for row in zip(*(c.tolist() for c in columns), strict=True)]
 
     def result(self, x: Tensor, nfev: int) -> SampleResult:
         """Return the state at the end of the path."""
@@ -46,7 +56,15 @@ class Path:
 
 def transfer(x: Tensor, eps: Tensor, s: Point, t: Point) -> Tensor:
     """Return the state at ``t`` from that at ``s``, exact for a constant noise prediction."""
-    return (t.alpha / s.alpha) * x + (t.alpha * (t.lam - s.lam)) * eps
+    return weighted((t.alpha / s.alpha, x), (t.alpha * (t.lam - s.lam), eps))
+
+
+def weighted(first: tuple[float, Tensor], *rest: tuple[float, Tensor]) -> Tensor:
+    """Return a sum of tensors with weights, in one pass over memory a term."""
+    total = first[0] * first[1]
+    for weight, tensor in rest:
+        total.add_(tensor, alpha=weight)
+    return total
 
 
 def check_start(denoiser: Denoiser, x: Tensor, times: Tensor) -> None:

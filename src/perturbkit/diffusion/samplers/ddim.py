@@ -12,7 +12,7 @@ from torch import Tensor
 
 from perturbkit.core import Denoiser, SampleResult, checks
 from perturbkit.core.random import Seed, as_generator, randn
-from perturbkit.diffusion.samplers._parts import Path, check_start
+from perturbkit.diffusion.samplers._parts import Path, check_start, weighted
 
 __all__ = ["sample_ddim"]
 
@@ -85,7 +85,7 @@ def sample_ddim(
         noise = eta * t.sigma * max(0.0, 1 - (t.lam / s.lam) ** 2) ** 0.5
         kept = max(0.0, t.sigma**2 - noise**2) ** 0.5
         # alpha_t x0 + kept eps, with x0 = (x - sigma_s eps) / alpha_s.
-        x = (t.alpha / s.alpha) * x + (kept - t.alpha * s.lam) * eps
+        x = weighted((t.alpha / s.alpha, x), (kept - t.alpha * s.lam, eps))
         if noise > 0:
             x = x + noise * randn(x.shape, generator=g, like=x)
         if callback is not None:

@@ -15,9 +15,12 @@ from torch import Tensor
 
 from perturbkit.core import Cost, Denoiser, SampleResult, checks
 from perturbkit.core.random import Seed
-from perturbkit.diffusion.samplers._parts import Path, Point, check_start
+from perturbkit.diffusion.samplers._parts import Path, Point, check_start, weighted
 
 __all__ = ["sample_dpm_solver", "sample_dpm_solver_adaptive", "sample_dpm_solver_fast"]
+
+# Where in a step, in log(alpha / sigma), each order evaluates besides its start.
+_SHARES: dict[int, tuple[float, ...]] = {1: (), 2: (1 / 2,), 3: (1 / 3, 2 / 3)}
 
 Order = Literal[1, 2, 3]
 
@@ -88,8 +91,9 @@ def sample_dpm_solver(
             "1e-3, or take sample_ddim for the last step."
         )
     path, calls = Path(denoiser, times), denoiser.nfev
+    inner = [path.between(share) for share in _SHARES[order]]
     for i in range(path.n_steps):
-        x = _step(denoiser, x, path.points[i], path.points[i + 1], order)[0]
+        x = _step(denoiser, x, path.points[i], path.points[i + 1], [m[i] for m in inner])[0]
         if callback is not None:
             callback(i, x)
     return path.result(x, denoiser.nfev - calls)
@@ -142,8 +146,9 @@ def sample_dpm_solver_fast(
     times = denoiser.schedule.times(len(orders), t_start=t_start, t_end=t_end)
     check_start(denoiser, x, times)
     path, calls = Path(denoiser, times), denoiser.nfev
+    inner = {order: [path.between(share) for share in _SHARES[order]] for order in set(orders)}
     for i, order in enumerate(orders):
-        x = _step(denoiser, x, path.points[i], path.points[i + 1], order)[0]
+        x = _step(denoiser, x, path.points[i], path.points[i + 1], [m[i] for m in inner[order]])[0]
         if callback is not None:
             callback(i, x)
     return path.result(x, denoiser.nfev - calls)
@@ -224,7 +229,12 @@ def sample_dpm_solver_adaptive(
             )
         lam = here.lam * math.exp(-h)
         there = last if lam <= last.lam else Point.at(schedule, float(schedule.time(lam)))
-        high, low = _step(denoiser, x, here, there, order)
+        length = math.log(here.lam / there.lam)
+        inner = [
+            Point.at(schedule, float(schedule.time(here.lam * math.exp(-share * length))))
+            for share in _SHARES[order]
+        ]
+        high, low = _step(denoiser, x, here, there, inner)
         scale = torch.clamp(rtol * torch.maximum(low.abs(), previous.abs()), min=atol)
         error = float(((high - low) / scale).flatten(1).square().mean(1).sqrt().max())
         if error <= 1:
@@ -242,30 +252,24 @@ def sample_dpm_solver_adaptive(
     )
 
 
-def _step(denoiser: Denoiser, x: Tensor, s: Point, t: Point, order: int) -> tuple[Tensor, Tensor]:
-    """Return the state at ``t`` by this order, and by the order below from the same calls (itself for order 1)."""
+def _step(denoiser: Denoiser, x: Tensor, s: Point, t: Point, inner: list[Point]) -> tuple[Tensor, Tensor]:
+    """Return the state at ``t`` by one order more than there are points inside, and by the order below."""
     h = math.log(s.lam / t.lam)
     ratio, growth = t.alpha / s.alpha, math.expm1(h)
     eps = denoiser.eps(x, s.time)
-    first = ratio * x - t.sigma * growth * eps
-    if order == 1:
+    first = weighted((ratio, x), (-t.sigma * growth, eps))
+    if not inner:
         return first, first
-    r1 = 1 / 2 if order == 2 else 1 / 3
-    m = _between(denoiser, s, h, r1)
-    u = (m.alpha / s.alpha) * x - m.sigma * math.expm1(r1 * h) * eps
+    r1, m = _SHARES[len(inner) + 1][0], inner[0]
+    u = weighted((m.alpha / s.alpha, x), (-m.sigma * math.expm1(r1 * h), eps))
     change = denoiser.eps(u, m.time) - eps
-    second = first - (t.sigma / (2 * r1)) * growth * change
-    if order == 2:
+    second = torch.add(first, change, alpha=-t.sigma * growth / (2 * r1))
+    if len(inner) == 1:
         return second, first
-    r2 = 2 / 3
-    m = _between(denoiser, s, h, r2)
+    r2, m = _SHARES[3][1], inner[1]
     weight = math.expm1(r2 * h) / (r2 * h) - 1
-    u = (m.alpha / s.alpha) * x - m.sigma * math.expm1(r2 * h) * eps - (m.sigma * r2 / r1) * weight * change
+    u = weighted(
+        (m.alpha / s.alpha, x), (-m.sigma * math.expm1(r2 * h), eps), (-m.sigma * r2 / r1 * weight, change)
+    )
     change = denoiser.eps(u, m.time) - eps
-    return first - (t.sigma / r2) * (growth / h - 1) * change, second
-
-
-def _between(denoiser: Denoiser, s: Point, h: float, r: float) -> Point:
-    """Return the point a share ``r`` of the way, in log(alpha / sigma)."""
-    schedule = denoiser.schedule
-    return Point.at(schedule, float(schedule.time(s.lam * math.exp(-r * h))))
+    return torch.add(first, change, alpha=-t.sigma / r2 * (growth / h - 1)), second

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from perturbkit.core import Denoiser, SampleResult, checks
 from perturbkit.core.random import Seed
-from perturbkit.diffusion.samplers._parts import Path, Point, check_start, transfer
+from perturbkit.diffusion.samplers._parts import Path, Point, check_start, transfer, weighted
 
 __all__ = ["sample_pndm"]
 
@@ -103,7 +103,7 @@ def sample_pndm(
         elif not by_runge_kutta and i == 0:
             mean = (eps + denoiser.eps(transfer(x, eps, s, t), t.time)) / 2
         else:
-            mean = sum(w * e for w, e in zip(_WEIGHTS[len(history)], history, strict=True))  # type: ignore[assignment]
+            mean = weighted(*zip(_WEIGHTS[len(history)], history, strict=True))
         x = transfer(x, mean, s, t)
         if callback is not None:
             callback(i, x)
@@ -116,4 +116,4 @@ def _runge_kutta(denoiser: Denoiser, x: Tensor, first: Tensor, s: Point, t: Poin
     second = denoiser.eps(transfer(x, first, s, m), m.time)
     third = denoiser.eps(transfer(x, second, s, m), m.time)
     fourth = denoiser.eps(transfer(x, third, s, t), t.time)
-    return (first + 2 * second + 2 * third + fourth) / 6
+    return weighted((1 / 6, first), (1 / 3, second), (1 / 3, third), (1 / 6, fourth))

@@ -15,6 +15,9 @@ from .analysis.score_sampling_bounds import path_kl as path_kl
 from .analysis.score_sampling_bounds import sample_reverse_sde as sample_reverse_sde
 from .analysis.score_sampling_bounds import sampling_kl_bound as sampling_kl_bound
 from .gradients.adjoint_dpm import adjoint_sample as adjoint_sample
+from .gradients.implicit_diffusion import ImplicitDenoising as ImplicitDenoising
+from .gradients.implicit_diffusion import ImplicitDiffusion as ImplicitDiffusion
+from .gradients.implicit_diffusion import ImplicitDiffusionResult as ImplicitDiffusionResult
 from .samplers.bdia import BDIAResult as BDIAResult
 from .samplers.bdia import invert_bdia as invert_bdia
 from .samplers.bdia import sample_bdia as sample_bdia

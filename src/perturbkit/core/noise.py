@@ -10,8 +10,8 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable
-from typing import Literal
+from collections.abc import Callable, Mapping
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -434,6 +434,79 @@ class Denoiser:
         self.predicts: Prediction = checks.one_of("predicts", predicts, _PREDICTIONS)
         self.nfev = self.n_calls = 0
 
+    @classmethod
+    def from_diffusers(cls, model: Callable[..., Any], scheduler: Any, **inputs: Any) -> Denoiser:
+        """Return the denoiser of a pretrained ``diffusers`` model.
+
+        Parameters
+        ----------
+        model : callable
+            ``model(x, timestep, **inputs)``: a ``UNet2DModel``, a transformer, or any callable of that form. It may answer
+            with a tensor, a tuple whose first is one, or an object with ``sample``; learned variances, twice the channels,
+            are dropped.
+        scheduler : scheduler or mapping
+            A scheduler of ``diffusers`` or its configuration; read for the betas and for what the model predicts. Those of
+            discrete time and of flow matching are known.
+        **inputs
+            What else the model takes, one row a row of ``x`` or for all: ``encoder_hidden_states``, ``class_labels``.
+
+        Returns
+        -------
+        Denoiser
+            Its times are the timesteps 0 .. n - 1 of training (fractions between), or for flow matching [0, 1].
+
+        Raises
+        ------
+        ArgumentError
+            If the configuration is of another kind.
+
+        Examples
+        --------
+        >>> config = {"num_train_timesteps": 1000, "beta_schedule": "linear", "beta_start": 1e-4, "beta_end": 0.02}
+        >>> denoiser = Denoiser.from_diffusers(lambda x, t: x, {**config, "prediction_type": "epsilon"})
+        >>> denoiser.predicts, denoiser.schedule.t_max
+        ('eps', 999.0)
+        """
+        config = scheduler if isinstance(scheduler, Mapping) else getattr(scheduler, "config", None)
+        if not isinstance(config, Mapping):
+            raise checks.ArgumentTypeError(
+                f"scheduler is a {type(scheduler).__name__}; allowed: a scheduler of diffusers or its configuration. Pass "
+                "pipeline.scheduler."
+            )
+        steps = int(config.get("num_train_timesteps", 1000))
+        if "shift" in config and "beta_schedule" not in config:
+            return cls(
+                lambda x, t: _first_answer(model(x, t * steps, **inputs), x), FlowSchedule(1.0), "velocity"
+            )
+        table = getattr(scheduler, "alphas_cumprod", None)
+        products = _alphas_cumprod(config, steps) if table is None else table.double().cpu()
+        if products[-1] <= 0:  # rescaled to end without signal: a little must be left to divide by
+            products = torch.cat([products[:-1], products[-2:-1] / 4])
+        schedule = DiscreteSchedule(products)
+        predicts = {"epsilon": "eps", "sample": "x0", "v_prediction": "v"}
+        kind = checks.one_of("prediction_type", config.get("prediction_type", "epsilon"), predicts)
+        return cls(lambda x, t: _first_answer(model(x, t, **inputs), x), schedule, predicts[kind])  # type: ignore[arg-type]
+
+    @classmethod
+    def from_edm(cls, network: Callable[..., Tensor], *, sigma_max: float = 80.0, **inputs: Any) -> Denoiser:
+        """Return the denoiser of an EDM-style network, ``D(x, sigma) -> x0`` with its scalings inside.
+
+        Parameters
+        ----------
+        network : callable
+            ``network(x, sigma, **inputs)`` with one sigma a row.
+        sigma_max : float
+            The largest noise it knows, and the last time.
+        **inputs
+            What else the network takes, as ``class_labels``.
+
+        Examples
+        --------
+        >>> Denoiser.from_edm(lambda x, sigma: x / (1 + sigma[:, None] ** 2)).schedule.t_max
+        80.0
+        """
+        return cls(lambda x, t: network(x, t, **inputs), EDMSchedule(sigma_max), predicts="x0")
+
     def __call__(self, x: Tensor, t: Time) -> Tensor:
         """Return the network's own answer at one time, or one time a row."""
         if isinstance(t, Tensor):
@@ -535,6 +608,38 @@ def ddim_step(x: Tensor, eps: Tensor, schedule: Schedule, s: Time, t: Time) -> T
     """
     alpha_t = schedule.alpha(t)
     return (alpha_t / schedule.alpha(s)) * x + (alpha_t * (schedule.lam(t) - schedule.lam(s))) * eps
+
+
+def _alphas_cumprod(config: Mapping[str, Any], steps: int) -> Tensor:
+    """Return the squared alphas of a configuration of diffusers."""
+    if config.get("trained_betas") is not None:
+        betas = torch.as_tensor(config["trained_betas"], dtype=torch.float64)
+        return torch.cumprod(1 - betas, 0)
+    kind = checks.one_of(
+        "beta_schedule",
+        config.get("beta_schedule", "linear"),
+        ("linear", "scaled_linear", "squaredcos_cap_v2"),
+    )
+    if kind == "squaredcos_cap_v2":
+        grid = torch.linspace(0, 1, steps + 1, dtype=torch.float64)
+        bar = torch.cos((grid + 0.008) / 1.008 * math.pi / 2) ** 2
+        return torch.cumprod(1 - (1 - bar[1:] / bar[:-1]).clamp_max(0.999), 0)
+    power = 0.5 if kind == "scaled_linear" else 1.0
+    first, last = (float(config[name]) ** power for name in ("beta_start", "beta_end"))
+    products = torch.cumprod(1 - torch.linspace(first, last, steps, dtype=torch.float64) ** (1 / power), 0)
+    if config.get("rescale_betas_zero_snr", False):
+        root = products.sqrt()
+        products = ((root - root[-1]) * (root[0] / (root[0] - root[-1]))) ** 2
+    return products
+
+
+def _first_answer(answer: Any, x: Tensor) -> Tensor:
+    """Return the prediction among what a model of diffusers answers."""
+    found = answer.sample if hasattr(answer, "sample") else answer
+    found = found[0] if isinstance(found, tuple) else found
+    if x.ndim > 1 and found.shape[1] == 2 * x.shape[1]:
+        found = found[:, : x.shape[1]]
+    return found
 
 
 def _row(values: Tensor, x: Tensor) -> Tensor:

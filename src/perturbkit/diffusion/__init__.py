@@ -1,6 +1,6 @@
 """Drawing from a distribution by removing noise: samplers, guidance, inversion and their analysis.
 
-Start with :func:`sample_dpm_solver` and a :class:`~perturbkit.core.noise.Denoiser`; every sampler has the shape
+Start with :func:`sample_deis` and a :class:`~perturbkit.core.noise.Denoiser`; every sampler has the shape
 ``sample_*(denoiser, x, times, *, generator=None, callback=None) -> SampleResult``.
 """
 

@@ -22,6 +22,7 @@ from .samplers.bdia import BDIAResult as BDIAResult
 from .samplers.bdia import invert_bdia as invert_bdia
 from .samplers.bdia import sample_bdia as sample_bdia
 from .samplers.ddim import sample_ddim as sample_ddim
+from .samplers.deis import sample_deis as sample_deis
 from .samplers.dpm_solver import sample_dpm_solver as sample_dpm_solver
 from .samplers.dpm_solver import sample_dpm_solver_adaptive as sample_dpm_solver_adaptive
 from .samplers.dpm_solver import sample_dpm_solver_fast as sample_dpm_solver_fast

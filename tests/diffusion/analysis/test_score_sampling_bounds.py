@@ -153,3 +153,41 @@ def test_steps_shrink_with_the_time_left():
     torch.testing.assert_close(
         below_one[1:] / below_one[:-1], torch.full((4,), 0.2**0.25, dtype=torch.float64)
     )
+
+
+def test_weak_order_one_in_the_variance():
+    """By the recursion of the variance, without sampling: the sampler's law is Gaussian."""
+    variance = 0.3
+
+    def error(n):
+        clock = torch.linspace(2.0, 0.1, n + 1, dtype=torch.float64)
+        exact = torch.exp(-2 * clock) * variance - torch.expm1(-2 * clock)
+        v = exact[0]
+        for k, h in enumerate((-clock.diff()).tolist()):
+            v = (math.exp(h) - 2 * math.expm1(h) / exact[k]) ** 2 * v + math.expm1(2 * h)
+        return abs(float(v - exact[-1]))
+
+    assert math.log2(error(100) / error(200)) == pytest.approx(1, abs=0.1)
+
+
+def test_strong_order_one_on_one_path(monkeypatch):
+    """Coarse steps are given the noise of the fine ones, as the exponential integrator adds it up."""
+    finest, clock = 512, torch.linspace(2.0, 0.1, 513, dtype=torch.float64)
+    unit = _data(finest * 50, 1, seed=9).reshape(finest, 50, 1)
+    h = 1.9 / finest
+    x = _data(50, 1, seed=2)
+
+    def draw(n):
+        group = finest // n
+        decay = torch.exp(h * torch.arange(group - 1, -1, -1, dtype=torch.float64))[None, :, None, None]
+        added = (decay * math.sqrt(math.expm1(2 * h)) * unit.reshape(n, group, 50, 1)).sum(1)
+        noise = iter(added / math.sqrt(math.expm1(2 * h * group)))
+        monkeypatch.setattr(
+            "perturbkit.diffusion.analysis.score_sampling_bounds.randn", lambda *args, **kwargs: next(noise)
+        )
+        return sample_reverse_sde(gaussian(OU, 0.3), x, clock[::group]).x
+
+    exact = draw(finest)
+    errors = [float((draw(n) - exact).norm()) for n in (8, 16, 32)]
+    assert math.log2(errors[0] / errors[1]) == pytest.approx(1, abs=0.25)
+    assert math.log2(errors[1] / errors[2]) == pytest.approx(1, abs=0.25)

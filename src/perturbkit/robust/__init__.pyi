@@ -1,5 +1,8 @@
 from .attacks.fast_minimum_norm import fast_minimum_norm as fast_minimum_norm
 from .attacks.projected_gradient import projected_gradient as projected_gradient
+from .certificates.lirpa import BoundedModule as BoundedModule
+from .certificates.lirpa import Synonyms as Synonyms
+from .certificates.lirpa import loss_fusion as loss_fusion
 from .certificates.randomized_smoothing import SmoothedCertificate as SmoothedCertificate
 from .certificates.randomized_smoothing import randomized_smoothing as randomized_smoothing
 from .measurements.adversarial_sparsity import Sparsity as Sparsity

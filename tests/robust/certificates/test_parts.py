@@ -233,7 +233,7 @@ def overwritten(x):
 @pytest.mark.parametrize(
     ("net", "match"),
     [
-        (nn.Sequential(nn.Linear(3, 3), nn.Softmax(1)), "Softmax"),
+        (nn.Sequential(nn.Linear(3, 3), nn.Softmin(1)), "Softmin"),
         (nn.Sequential(nn.GroupNorm(1, 3)), "GroupNorm"),
         (nn.LeakyReLU(-0.5), "not monotone"),
         (nn.ELU(-1.0), "not monotone"),
@@ -241,7 +241,6 @@ def overwritten(x):
         (Named(torch.sin), "sin"),
         (Named(lambda x: x.abs()), "abs"),
         (Named(lambda x: 1 / x), "division"),
-        (Named(lambda x: x @ x.transpose(0, 1)), "product of two"),
         (Named(lambda x: torch.clamp(x, max=x * 2)), "depend on the input"),
         (Named(lambda x: functional.dropout(x)), "draws at random"),
         (Named(lambda x: x.T), "attribute T"),
@@ -272,3 +271,39 @@ def test_a_hook_is_refused_and_a_sum_in_place_that_harms_nothing_is_not():
     interval_bounds(net, low, low + 1)
     lower, upper = interval_bounds(Named(added), low, low + 1)
     assert torch.equal(torch.cat([lower, upper]), torch.tensor([[1.0] * 3, [4.0] * 3]))
+
+
+@pytest.mark.parametrize(
+    "fun",
+    [
+        lambda x: torch.softmax(3 * x, 1),
+        lambda x: (2 * x).softmax(-1),
+        lambda x: (x.reshape(-1, 3, 2) @ x.reshape(-1, 2, 3)).flatten(1),
+        nn.Softmax(1),
+    ],
+)
+def test_boxes_of_softmax_and_products_hold_and_are_attained_at_a_point(fun):
+    net = fun if isinstance(fun, nn.Module) else Named(fun)
+    g = torch.Generator().manual_seed(0)
+    centre = torch.randn(3, 6, generator=g, dtype=torch.float64)
+    low, high = interval_bounds(net, centre - 0.2, centre + 0.2)
+    x = (centre + 0.4 * torch.rand(4000, 3, 6, generator=g, dtype=torch.float64) - 0.2).flatten(0, 1)
+    corners = (centre + 0.2 * torch.sign(torch.randn(4000, 3, 6, generator=g, dtype=torch.float64))).flatten(
+        0, 1
+    )
+    for points in (x, corners):
+        y = net(points).reshape(4000, 3, -1)
+        assert bool(((y >= low - 1e-12) & (y <= high + 1e-12)).all())
+    same, other = interval_bounds(net, centre, centre)
+    torch.testing.assert_close(same, net(centre))
+    torch.testing.assert_close(other, net(centre))
+
+
+def test_a_softmax_of_independent_logits_is_bounded_exactly():
+    centre = torch.tensor([[0.3, -1.0, 2.0]], dtype=torch.float64)
+    low, high = interval_bounds(Named(lambda x: torch.softmax(x, 1)), centre - 0.5, centre + 0.5)
+    for i in range(3):
+        worst = centre + 0.5
+        worst[0, i] = centre[0, i] - 0.5
+        assert float(low[0, i]) == pytest.approx(float(worst.softmax(1)[0, i]))
+        assert float(high[0, i]) == pytest.approx(float((2 * centre - worst).softmax(1)[0, i]))

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import inspect
 import operator
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,7 +19,7 @@ from torch.nn import functional
 
 from perturbkit.core import checks
 
-__all__ = ["Interval", "affine", "cut_last_linear", "interval_forward", "trace"]
+__all__ = ["Interval", "Propagate", "affine", "cut_last_linear", "evaluating", "interval_forward", "trace"]
 
 
 @dataclass(frozen=True)
@@ -102,9 +103,21 @@ def cut_last_linear(graph: fx.GraphModule) -> tuple[fx.GraphModule, nn.Linear | 
     return graph, layer
 
 
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Put a module into evaluation mode, and every part of it back into its own after."""
+    modes = {m: m.training for m in model.modules()}
+    try:
+        model.eval()
+        yield
+    finally:
+        for module, training in modes.items():
+            module.training = training
+
+
 def interval_forward(graph: fx.GraphModule, lower: Tensor, upper: Tensor) -> Interval:
     """Propagate a box through a traced network."""
-    interpreter = _Propagate(graph, garbage_collect_values=True)
+    interpreter = Propagate(graph, garbage_collect_values=True)
     interpreter.extra_traceback = False
     out = interpreter.run(Interval(lower, upper), enable_io_processing=False)
     if not isinstance(out, Interval):
@@ -121,7 +134,7 @@ def affine(x: Interval, apply: Callable[[Tensor], Tensor], magnitude: Callable[[
     return Interval(centre - radius, centre + radius)
 
 
-class _Propagate(fx.Interpreter):
+class Propagate(fx.Interpreter):
     """Runs a graph on intervals; values that depend on no input stay tensors."""
 
     def run_node(self, n: fx.Node) -> Any:
@@ -181,8 +194,8 @@ def _has_interval(value: Any) -> bool:
 def _unsupported(what: str) -> checks.ModelError:
     layers = ", ".join(k.__name__.lstrip("_") for k in _MODULES)
     return checks.ModelError(
-        f"{what} has no interval rule; allowed: {layers}, and sums, products, relu, tanh, sigmoid, cat, flatten and "
-        "reshape. Replace it, or certify the smoothed model."
+        f"{what} has no interval rule; allowed: {layers}, and sums, products, relu, tanh, sigmoid, softmax, cat, "
+        "flatten and reshape. Replace it, or certify the smoothed model."
     )
 
 
@@ -282,7 +295,7 @@ _REARRANGING = (
 _MODULES: dict[type[nn.Module], Callable[[Any, Interval], Interval]] = {
     nn.Linear: _linear, nn.Conv1d: _conv, nn.Conv2d: _conv, nn.Conv3d: _conv, nn.BatchNorm1d: _batch_norm,
     nn.BatchNorm2d: _batch_norm, nn.LayerNorm: _layer_norm, nn.GELU: _unimodal, nn.SiLU: _unimodal,
-    nn.LeakyReLU: _sloped, nn.ELU: _sloped, nn.Dropout: _dropout, nn.Dropout2d: _dropout,
+    nn.Softmax: lambda m, x: _softmax(x, m.dim), nn.LeakyReLU: _sloped, nn.ELU: _sloped, nn.Dropout: _dropout, nn.Dropout2d: _dropout,
     **dict.fromkeys((*_MONOTONE, *_REARRANGING), _monotone),
 }  # fmt: skip
 
@@ -320,7 +333,23 @@ def _matmul(a: Any, b: Any) -> Interval:
         return affine(a, lambda c: c @ b, lambda r: r @ b.abs())
     if isinstance(b, Interval) and not isinstance(a, Interval):
         return affine(b, lambda c: a @ c, lambda r: a.abs() @ r)
-    raise _unsupported("a product of two things that depend on the input")
+    # Around the centres: |xy - x_c y_c| <= |x_c| r_y + r_x |y_c| + r_x r_y, summed.
+    centre = a.centre @ b.centre
+    radius = a.centre.abs() @ b.radius + a.radius @ b.centre.abs() + a.radius @ b.radius
+    return Interval(centre - radius, centre + radius)
+
+
+def _softmax(x: Interval, dim: int, *args: Any, **kwargs: Any) -> Interval:
+    """Bound a softmax by its own monotony: it rises in its own logit and falls in the others."""
+
+    def one_sided(own: Tensor, other: Tensor) -> Tensor:
+        # 1 / (1 + sum_j e^(other_j - own_i)), j over the rest, in logarithms.
+        size = own.shape[dim]
+        gap = other.movedim(dim, -1)[..., None, :] - own.movedim(dim, -1)[..., :, None]
+        gap = gap.masked_fill(torch.eye(size, dtype=torch.bool, device=own.device), 0.0)
+        return (-torch.logsumexp(gap, -1)).exp().movedim(-1, dim)
+
+    return Interval(one_sided(x.lower, x.upper), one_sided(x.upper, x.lower))
 
 
 def _as_interval(value: Any) -> Interval:
@@ -388,6 +417,7 @@ _FUNCTIONS: dict[Any, Callable[..., Any]] = {
     functional.elu: _function_sloped(functional.elu, "alpha", 1.0),
     functional.gelu: lambda x, approximate="none": _unimodal(nn.GELU(approximate), x),
     functional.silu: lambda x, inplace=False: _unimodal(nn.SiLU(), x),
+    torch.softmax: _softmax, functional.softmax: _softmax,
     **{f: _both(f) for f in (
         torch.relu, functional.relu, torch.tanh, functional.tanh, torch.sigmoid, functional.sigmoid,
         functional.softplus, functional.relu6, functional.hardtanh, torch.flatten, torch.reshape, torch.squeeze,
@@ -397,6 +427,7 @@ _FUNCTIONS: dict[Any, Callable[..., Any]] = {
 }  # fmt: skip
 _METHODS: dict[str, Callable[..., Any]] = {
     "add": _add, "sub": _subtract, "mul": _multiply, "div": _divide, "neg": _negate, "matmul": _matmul,
+    "softmax": _softmax,
     **{name: _both(getattr(torch.Tensor, name)) for name in (
         "relu", "tanh", "sigmoid", "flatten", "reshape", "view", "squeeze", "unsqueeze", "transpose", "permute",
         "mean", "sum", "contiguous", "float", "double", "exp", "clamp", "amax",

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -19,7 +18,13 @@ from torch.nn import functional
 from perturbkit.core import Result, checks, track
 from perturbkit.core.progress import ProgressLike
 from perturbkit.core.random import Seed, as_generator, randperm
-from perturbkit.robust.certificates._parts import Interval, cut_last_linear, interval_forward, trace
+from perturbkit.robust.certificates._parts import (
+    Interval,
+    cut_last_linear,
+    evaluating,
+    interval_forward,
+    trace,
+)
 
 __all__ = ["IBPHistory", "IBPTrainer", "elided_worst_logits", "interval_bounds", "verified_accuracy"]
 
@@ -95,7 +100,7 @@ def interval_bounds(model: nn.Module, lower: Tensor, upper: Tensor) -> tuple[Ten
             f"lower is above upper by up to {float((lower - upper).max()):.4g}; allowed: lower <= upper. Swap them."
         )
     graph = trace(model, lower)
-    with _evaluating(model):
+    with evaluating(model):
         found = interval_forward(graph, lower, upper)
     return found.lower, found.upper
 
@@ -151,7 +156,7 @@ def elided_worst_logits(
     checks.nonnegative("epsilon", epsilon)
     labels = checks.labels("y", y, n=len(x)).to(x.device)
     body, last = cut_last_linear(trace(model, x))
-    with _evaluating(model):
+    with evaluating(model):
         return _worst(body, last, _box(x, epsilon, clip), labels)
 
 
@@ -201,7 +206,7 @@ def verified_accuracy(
     labels = checks.labels("y", y, n=len(x)).to(x.device)
     body, last = cut_last_linear(trace(model, x))
     hits = 0
-    with _evaluating(model), torch.no_grad():
+    with evaluating(model), torch.no_grad():
         for start in range(0, len(x), batch_size):
             rows = slice(start, start + batch_size)
             worst = _worst(body, last, _box(x[rows], epsilon, clip), labels[rows])
@@ -369,16 +374,6 @@ def _batches(n: int, size: int, generator: torch.Generator) -> Iterator[Tensor]:
         order = randperm(n, generator=generator)
         for start in range(0, n - size + 1, size):
             yield order[start : start + size]
-
-
-@contextmanager
-def _evaluating(model: nn.Module) -> Iterator[None]:
-    modes = {m: m.training for m in model.modules()}
-    try:
-        model.eval()
-        yield
-    finally:
-        _restore(modes)
 
 
 def _restore(modes: dict[nn.Module, bool]) -> None:

@@ -11,6 +11,7 @@ import pytest
 
 import perturbkit.audit as audit
 from perturbkit.core import checks
+from perturbkit.papers.records import discover
 
 sys.path.insert(0, str(Path(__file__).parent))
 import _subjects
@@ -36,6 +37,14 @@ def test_frame_has_every_number(saved):
     assert set(frame.section) == {f.section for f in saved[0].findings}
     line = frame[(frame.section == "attack") & (frame.metric == "radius.median")].iloc[0]
     assert line.low <= line.value <= line.high
+
+
+def test_every_section_cites_methods_that_exist(saved):
+    known = {record.key for record in discover()}
+    cited = {f.section: f.papers for f in saved[0].findings}
+    assert {key for keys in cited.values() for key in keys} <= known
+    for section, key in (("calibration", "calibration_errors"), ("attack", "fast_minimum_norm"), ("conformal", "split_conformal"), ("corruption", "corrupt"), ("faithfulness", "deletion_curve")):  # fmt: skip
+        assert key in cited[section]
 
 
 def test_check_and_indexing(saved):

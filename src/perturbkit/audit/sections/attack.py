@@ -135,6 +135,7 @@ def _finding(
         "That nothing smaller works: an attack finds an upper bound of the true radius. "
         + ("Gradients do not reach the input, so only random directions were tried; a real attacker does better."
            if method == "random directions" else "Other norms and natural changes are another matter."),
+        papers=() if method == "random directions" else ("fast_minimum_norm",),
     )  # fmt: skip
 
 

@@ -67,7 +67,7 @@ def run(context: Context) -> Finding:
         _bins(confidence, right),
         "Calibration on other data: a shift of the inputs moves it. The error depends on the bins, and is biased "
         "upward on few rows; compare it with the chance value. Its interval covers in nine cases of ten rather than 95 of 100.",
-        papers=("neural_clamping",),
+        papers=("calibration_errors",),
     )  # fmt: skip
 
 

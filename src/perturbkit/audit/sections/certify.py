@@ -180,5 +180,4 @@ def _text(context: Context) -> Finding:
         {"radius": values.tolist(), "unit": "words replaced", "eps": 0.0, "function": "the ablated model", "norm": "words"},
         "The model itself: the ablated model, which sees a random part of the words and takes a vote, was certified, "
         f"each text with confidence {1 - _FAILURE:.0%}. Inserted or deleted words are not covered.",
-        papers=("randomized_ablation",),
     )  # fmt: skip

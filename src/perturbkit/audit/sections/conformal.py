@@ -98,6 +98,7 @@ def run(context: Context) -> Finding:
         {"sizes": list(range(len(counts))), "counts": counts.tolist(), "coverages": [float(c) for c in coverages], "alpha": alpha},
         "Coverage within a group or for one input: the guarantee is for the mean over rows like these, and ends when "
         "the data drift.",
+        papers=("split_conformal",),
     )  # fmt: skip
 
 

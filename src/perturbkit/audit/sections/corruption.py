@@ -75,6 +75,7 @@ def run(context: Context) -> Finding:
         tuple(metrics), Table(("damage", *(f"severity {s}" for s in severities)), table),
         {"kinds": list(names), "severities": list(severities), "accuracy": [[k / n for k in line] for line in grid]},
         "Damage of other kinds, and how often each occurs where the model is used.",
+        papers=() if context.subject.task == "text" else ("corrupt",),
     )  # fmt: skip
 
 

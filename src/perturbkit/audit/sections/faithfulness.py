@@ -71,7 +71,7 @@ def run(context: Context) -> Finding:
         },
         "What the model would do on natural inputs: a picture with parts removed is not one it was trained on, and "
         "another way of removing may rank the methods differently.",
-        papers=("infidelity", *found.papers.values()),
+        papers=("deletion_curve", *found.papers.values()),
     )  # fmt: skip
 
 

@@ -9,6 +9,14 @@ from .conformal.r2ccp import R2CCP as R2CCP
 from .conformal.split_conformal import DriftReport as DriftReport
 from .conformal.split_conformal import SplitConformalClassifier as SplitConformalClassifier
 from .conformal.split_conformal import SplitConformalRegressor as SplitConformalRegressor
+from .conformal.st_dqr import STDQR as STDQR
+from .conformal.st_dqr import DirectionalQuantileRegression as DirectionalQuantileRegression
+from .conformal.st_dqr import MultivariateConformalizer as MultivariateConformalizer
+from .posterior.posterior_moments import DirectionalMoments as DirectionalMoments
+from .posterior.posterior_moments import PosteriorPCA as PosteriorPCA
+from .posterior.posterior_moments import directional_moments as directional_moments
+from .posterior.posterior_moments import max_entropy_density as max_entropy_density
+from .posterior.posterior_moments import posterior_principal_components as posterior_principal_components
 from .propagation.stable_distribution_propagation import StableCauchy as StableCauchy
 from .propagation.stable_distribution_propagation import StableGaussian as StableGaussian
 from .propagation.stable_distribution_propagation import pairwise_probability as pairwise_probability

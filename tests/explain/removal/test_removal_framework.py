@@ -484,3 +484,17 @@ def test_every_registered_method_is_three_public_choices():
                 lambda z: z.flatten(1).softmax(1), x, 1, y=torch.tensor([0, 1]), generator=0
             )
             assert bool(found.values.isfinite().all()), name
+
+
+def test_values_have_the_shape_of_the_input_unless_parts_are_given():
+    x = torch.randn(3, 1, 2, 2, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    w = torch.arange(1.0, 5.0, dtype=torch.float64)
+
+    def f(z):
+        return z.flatten(1) @ w
+
+    found = RemovalExplainer(DefaultRemoval(0.0), Prediction(), Shapley()).attribute(f, x)
+    torch.testing.assert_close(found.values, w.reshape(1, 2, 2) * x)
+    halves = torch.tensor([[[0, 0], [1, 1]]])
+    found = RemovalExplainer(DefaultRemoval(0.0), Prediction(), Shapley(), parts=halves).attribute(f, x)
+    torch.testing.assert_close(found.values, (w.reshape(1, 2, 2) * x).sum((1, 3)))

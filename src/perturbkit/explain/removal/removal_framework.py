@@ -149,7 +149,7 @@ class RemovalExplainer:
         Returns
         -------
         Attribution
-            ``values`` of shape (n, parts), or (1, parts) where the data set is explained. ``extras["full"]`` and
+            ``values`` in the shape of ``x``, or (n, parts) where parts are given; one row where the data set is explained. ``extras["full"]`` and
             ``extras["empty"]``: the values u of all parts and of none, one a row.
 
         Raises
@@ -192,6 +192,8 @@ class RemovalExplainer:
             ends = u(torch.tensor([[False] * d, [True] * d]))
         spent = Cost() if oracle is None else oracle.cost - before
         choices = (self.removal, self.behaviour, self.summary)
+        if self.parts is None:
+            scores = scores.reshape(len(scores), *x.shape[1:])
         return Attribution(
             scores.to(x),
             None if behaviour.over_data else rows,

@@ -76,10 +76,8 @@ def quality_table(rows: list[Row]) -> str:
             f"{row[key]:.3f}" if key in row else ""
             for key in ("infidelity_ours", "infidelity_peer", "deletion_ours", "deletion_peer")
         ]
-        memory = float(row["peak_ours_mb"]) / max(float(row["peak_peer_mb"]), 1e-3)
-        lines.append(
-            f"| {row['comparison']} | {row['ratio_peer']:.2f} | {memory:.2f} | {' | '.join(scores)} |"
-        )
+        sizes = f"{row['peak_ours_mb']:.1f} | {row['peak_peer_mb']:.1f}"
+        lines.append(f"| {row['comparison']} | {row['ratio_peer']:.2f} | {sizes} | {' | '.join(scores)} |")
     return "\n".join(lines)
 
 

@@ -14,8 +14,16 @@ from .measurements.adversarial_sparsity import sparsity_report as sparsity_repor
 from .measurements.corrupt import IMAGE_CORRUPTIONS as IMAGE_CORRUPTIONS
 from .measurements.corrupt import TABLE_CORRUPTIONS as TABLE_CORRUPTIONS
 from .measurements.corrupt import corrupt as corrupt
+from .measurements.law_of_robustness import LawOfRobustness as LawOfRobustness
+from .measurements.law_of_robustness import LipschitzInterpolator as LipschitzInterpolator
+from .measurements.law_of_robustness import law_of_robustness as law_of_robustness
+from .measurements.law_of_robustness import minimal_lipschitz_constant as minimal_lipschitz_constant
+from .measurements.law_of_robustness import network_lipschitz as network_lipschitz
 from .training.ibp_training import IBPHistory as IBPHistory
 from .training.ibp_training import IBPTrainer as IBPTrainer
 from .training.ibp_training import elided_worst_logits as elided_worst_logits
 from .training.ibp_training import interval_bounds as interval_bounds
 from .training.ibp_training import verified_accuracy as verified_accuracy
+from .training.jacobian_regularizer import JacobianRegularizer as JacobianRegularizer
+from .training.jacobian_regularizer import jacobian_norm as jacobian_norm
+from .training.jacobian_regularizer import margin_bound as margin_bound

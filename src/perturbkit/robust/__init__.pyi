@@ -19,6 +19,12 @@ from .measurements.law_of_robustness import LipschitzInterpolator as LipschitzIn
 from .measurements.law_of_robustness import law_of_robustness as law_of_robustness
 from .measurements.law_of_robustness import minimal_lipschitz_constant as minimal_lipschitz_constant
 from .measurements.law_of_robustness import network_lipschitz as network_lipschitz
+from .measurements.learning_from_perturbations import LeakyTwoLayer as LeakyTwoLayer
+from .measurements.learning_from_perturbations import PerturbationBoundary as PerturbationBoundary
+from .measurements.learning_from_perturbations import agreement_condition as agreement_condition
+from .measurements.learning_from_perturbations import boundary_perturbation as boundary_perturbation
+from .measurements.learning_from_perturbations import perturbation_boundary as perturbation_boundary
+from .measurements.learning_from_perturbations import standard_boundary as standard_boundary
 from .training.ibp_training import IBPHistory as IBPHistory
 from .training.ibp_training import IBPTrainer as IBPTrainer
 from .training.ibp_training import elided_worst_logits as elided_worst_logits

@@ -124,7 +124,9 @@ class Answer:
 
 
 @pytest.mark.parametrize(
-    "wrap", [Answer, lambda a: (a,), lambda a: Answer(torch.cat([a, a], 1)), lambda a: a], ids=str
+    "wrap",
+    [Answer, lambda a: (a,), lambda a: Answer(torch.cat([a, a], 1)), lambda a: a],
+    ids=["object", "tuple", "variances", "tensor"],
 )
 def test_answers_of_any_form(wrap):
     denoiser = Denoiser.from_diffusers(

@@ -25,6 +25,9 @@ from .measurements.learning_from_perturbations import agreement_condition as agr
 from .measurements.learning_from_perturbations import boundary_perturbation as boundary_perturbation
 from .measurements.learning_from_perturbations import perturbation_boundary as perturbation_boundary
 from .measurements.learning_from_perturbations import standard_boundary as standard_boundary
+from .training.convex_robust_relu import ConvexReLUClassifier as ConvexReLUClassifier
+from .training.convex_robust_relu import ConvexReLURegressor as ConvexReLURegressor
+from .training.convex_robust_relu import sample_patterns as sample_patterns
 from .training.ibp_training import IBPHistory as IBPHistory
 from .training.ibp_training import IBPTrainer as IBPTrainer
 from .training.ibp_training import elided_worst_logits as elided_worst_logits

@@ -42,6 +42,9 @@ from .removal.extremal_perturbation import area_regulariser as area_regulariser
 from .removal.extremal_perturbation import extremal_channels as extremal_channels
 from .removal.extremal_perturbation import extremal_perturbation as extremal_perturbation
 from .removal.extremal_perturbation import smooth_mask as smooth_mask
+from .removal.generative_removal import ConvInpainter as ConvInpainter
+from .removal.generative_removal import GaussianInpainter as GaussianInpainter
+from .removal.generative_removal import GenerativeRemoval as GenerativeRemoval
 from .removal.layer_masking import BiasReport as BiasReport
 from .removal.layer_masking import LayerMasked as LayerMasked
 from .removal.layer_masking import layer_masking as layer_masking

@@ -1,3 +1,9 @@
+from .attacks.bifurcation_attack import BifurcationLayer as BifurcationLayer
+from .attacks.bifurcation_attack import BifurcationResult as BifurcationResult
+from .attacks.bifurcation_attack import StealthReport as StealthReport
+from .attacks.bifurcation_attack import bifurcation_attack as bifurcation_attack
+from .attacks.bifurcation_attack import group_difference_logits as group_difference_logits
+from .attacks.bifurcation_attack import stealth_report as stealth_report
 from .attacks.fast_minimum_norm import fast_minimum_norm as fast_minimum_norm
 from .attacks.projected_gradient import projected_gradient as projected_gradient
 from .certificates.lirpa import BoundedModule as BoundedModule

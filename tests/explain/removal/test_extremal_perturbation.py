@@ -1,5 +1,7 @@
 """Oracles of extremal perturbations: the area term, closed-form optima of linear functions, smoothing and blurring limits."""
 
+import sys
+
 import pytest
 import torch
 from scipy.ndimage import gaussian_filter
@@ -112,6 +114,17 @@ def test_the_smooth_maximum_by_hand():
         assert float(found[u]) == pytest.approx(
             sum(a * b for a, b in zip(z, e, strict=True)) / sum(e), rel=1e-9
         )
+
+
+def test_images_one_after_the_other_are_images_at_once(monkeypatch):
+    x, target = images(3), torch.tensor([2, 0, 1])
+    at_once = short(network(), x, target, areas=(0.2, 0.5), max_iter=10)
+    module = sys.modules["perturbkit.explain.removal.extremal_perturbation"]
+    monkeypatch.setattr(module, "_BLOCK", 1)
+    found = short(network(), x, target, areas=(0.2, 0.5), max_iter=10)
+    for name in ("masks", "scores", "history", "saliency"):
+        torch.testing.assert_close(getattr(found, name), getattr(at_once, name))
+    assert found.cost.ngrad == at_once.cost.ngrad
 
 
 @pytest.mark.parametrize("sigma", [2.0, 11.0, 18.0])

@@ -39,7 +39,7 @@ def window_of(parameters: Tensor, step: int, sigma: float) -> tuple[Tensor, Tens
     picks the taps from the square of cells around.
     """
     cut = 1.5 * sigma
-    reach = math.ceil((cut + (step - 1) / 2) / step)
+    reach = int((cut + (step - 1) / 2) / step)  # a cell farther away has no pixel within the cut
     line = torch.arange(-reach, reach + 1, dtype=parameters.dtype, device=parameters.device)
     inside = torch.arange(step, dtype=parameters.dtype, device=parameters.device) - (step - 1) / 2
     apart = (inside - step * line[:, None]).square()

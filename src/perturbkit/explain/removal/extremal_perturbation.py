@@ -110,9 +110,10 @@ def extremal_perturbation(
     lr : float
         Step size.
     weight : float
-        First weight of the area term.
+        First weight of the area term. 300 suits logits of ImageNet networks; where logits vary less it fixes the area before the
+        logit has chosen the place, and a smaller one keeps more of it.
     growth : float or None
-        Its factor a step; by default 1.0035 for 800 steps, and what ends at the same weight for others.
+        Its factor a step; by default 1.0035 for 800 steps, and what ends at as many times the first weight for others.
     progress : Progress, bool or None
         Reports steps.
 

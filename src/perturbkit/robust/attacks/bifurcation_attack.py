@@ -305,6 +305,10 @@ def stealth_report(clean: Tensor, perturbed: Tensor, *, n_lags: int = 24) -> Ste
     ArgumentError, ArgumentTypeError
         If shapes or lags are not allowed.
 
+    References
+    ----------
+    Broda-Milian et al. (2024), arXiv:2407.05182.
+
     Examples
     --------
     >>> x = torch.randn(100, 2, generator=torch.Generator().manual_seed(0))

@@ -282,7 +282,7 @@ def train(
     progress: ProgressLike,
 ) -> None:
     """Minimise a loss of row indices by AdamW with a cosine schedule, in place, and freeze the network."""
-    optimizer = torch.optim.AdamW(net.parameters(), lr=lr, weight_decay=1e-5)
+    optimizer = torch.optim.AdamW(net.parameters(), lr=lr, weight_decay=1e-5, fused=True)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, epochs)
     for _ in track(range(epochs), "st_dqr", progress=progress):
         for rows in randperm(n, generator=generator).split(batch_size):

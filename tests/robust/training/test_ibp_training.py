@@ -72,7 +72,7 @@ EXAMPLE = Example(
         (lambda: IBPTrainer(network(), 0.1, kappa=2.0), "kappa is 2"),
         (lambda: IBPTrainer(network(), 0.1, warmup=0.6, rampup=0.6), "rampup is 0.6"),
         (lambda: IBPTrainer(network(), 0.1).fit(*data(), n_steps=0), "n_steps is 0"),
-        (lambda: IBPTrainer(nn.Sequential(nn.Linear(5, 3), nn.Softmax(1)), 0.1).fit(*data(dtype=torch.float32), n_steps=40), "Softmax"),
+        (lambda: IBPTrainer(nn.Sequential(nn.Linear(5, 3), nn.Softmin(1)), 0.1).fit(*data(dtype=torch.float32), n_steps=40), "Softmin"),
     ),
     stochastic=True,
 )  # fmt: skip

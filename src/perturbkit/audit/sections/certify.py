@@ -16,8 +16,8 @@ from perturbkit.audit.finding import Finding, Metric, Table
 from perturbkit.audit.request import AuditRequest
 from perturbkit.audit.sections.attack import default_eps, unit
 from perturbkit.audit.subject import Subject
-from perturbkit.core import checks
-from perturbkit.robust import interval_bounds, randomized_smoothing
+from perturbkit.core import around, checks
+from perturbkit.robust import BoundedModule, randomized_smoothing
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -28,6 +28,8 @@ DRAWS = {"quick": 64, "standard": 1000, "full": 10000}
 SIGMA = {"image": 0.1, "tabular": 0.25}
 _FAILURE = 0.01
 _HALVINGS = 12
+# Outputs times inputs beyond which a bound for each output takes longer than an audit should.
+_LARGEST = 100_000
 
 
 def evaluations(subject: Subject, request: AuditRequest) -> int:
@@ -36,7 +38,7 @@ def evaluations(subject: Subject, request: AuditRequest) -> int:
 
 
 def run(context: Context) -> Finding:
-    """Bound the network by intervals where it can be, and smooth it where it cannot."""
+    """Bound the network by linear relaxation where it can be, and smooth it where it cannot."""
     if context.subject.task == "text":
         return _text(context)
     subject = context.subject
@@ -45,12 +47,12 @@ def run(context: Context) -> Finding:
         why = "no row that was drawn is answered rightly: there is nothing to certify. Add rows with --n."
         return Finding("certify", "not run", "No row is answered rightly.", why=why)
     try:
-        radius = _by_intervals(context, rows)
+        radius = _by_relaxation(context, rows)
     except checks.PerturbkitError as error:
         return _smoothed(context, rows, str(error))
     return _finding(
-        context, rows, radius, "linf", "the model", "interval bound propagation", "ibp_training",
-        "Radii beyond the bound: intervals are loose on deep networks, so a radius of zero proves nothing either way.",
+        context, rows, radius, context.request.norm, "the model", "linear relaxation", "lirpa",
+        "Radii beyond the bound: relaxations are loose on deep networks, so a radius of zero proves nothing either way.",
     )  # fmt: skip
 
 
@@ -60,30 +62,49 @@ def draw(finding: Finding) -> Figure:
     return _figures.survival(series["radius"], series["unit"], series["eps"], proved=True)
 
 
-def _by_intervals(context: Context, rows: Tensor) -> Tensor:
-    """Return the largest proved radius of each row, by bisection, in the largest-change norm."""
-    subject = context.subject
+def _by_relaxation(context: Context, rows: Tensor) -> Tensor:
+    """Return the largest proved radius of each row, by bisection, in the norm asked for."""
+    subject, norm = context.subject, context.request.norm
     assert subject.oracle is not None
     assert subject.x is not None
     module = subject.oracle.fun
     if not isinstance(module, torch.nn.Module):
         raise checks.ModelError("the model is a function, not a module whose layers can be bounded.")
-    x, y, scale = subject.x[rows], subject.y[rows], context.scale
-    low, high = torch.zeros(len(x)), torch.full((len(x),), 0.5 if subject.task == "image" else 3.0)
-    for _ in range(_HALVINGS):
-        middle = (low + high) / 2
-        reach = middle.reshape(-1, *[1] * (x.ndim - 1)) * scale
-        lower, upper = x - reach, x + reach
-        if subject.bounds is not None:
-            lower, upper = lower.clamp(*subject.bounds), upper.clamp(*subject.bounds)
-        with subject.oracle.frozen(), torch.no_grad():
-            bottom, top = interval_bounds(module, lower, upper)
-        subject.oracle.nfev += 2 * len(x)
-        own = bottom.gather(1, y[:, None])[:, 0]
-        rival = top.scatter(1, y[:, None], -torch.inf).amax(1)
-        proved = own > rival
-        low, high = torch.where(proved, middle, low), torch.where(proved, high, middle)
+    z, y = subject.x[rows] / context.scale, subject.y[rows]
+    bounded = BoundedModule(_InUnits(module, context.scale), z[:1])
+    if bounded.n_outputs * z[0].numel() > _LARGEST:
+        raise checks.ModelError(
+            f"the model has {bounded.n_outputs} outputs on inputs of {z[0].numel()} numbers, too many to bound here."
+        )
+    eye = torch.eye(bounded.n_outputs, dtype=z.dtype)
+    # The lead of the label over each class; its own row is left out of the proof.
+    lead = eye[y][:, None] - eye[None]
+    low, high = torch.zeros(len(z)), torch.full((len(z),), 0.5 if subject.task == "image" else 3.0)
+    with subject.oracle.frozen(), torch.no_grad():
+        for _ in range(_HALVINGS):
+            middle = (low + high) / 2
+            found = bounded.bounds(
+                z, around(z, norm, middle.to(z), context.scaled_bounds), method="crown-ibp", C=lead
+            )
+            subject.oracle.nfev += found.cost.nfev
+            assert found.lower is not None
+            proved = (found.lower.scatter(1, y[:, None], torch.inf) > 0).all(1)
+            low, high = torch.where(proved, middle, low), torch.where(proved, high, middle)
     return low
+
+
+class _InUnits(torch.nn.Module):
+    """The model as a function of inputs divided by their scale."""
+
+    scale: Tensor
+
+    def __init__(self, inner: torch.nn.Module, scale: Tensor) -> None:
+        super().__init__()
+        self.inner = inner
+        self.register_buffer("scale", scale)
+
+    def forward(self, z: Tensor) -> Tensor:
+        return self.inner(z * self.scale)
 
 
 def _smoothed(context: Context, rows: Tensor, why: str) -> Finding:

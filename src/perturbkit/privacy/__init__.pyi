@@ -17,6 +17,12 @@ from .mechanisms.epsilon_lower_bound import epsilon_lower_bound as epsilon_lower
 from .mechanisms.privacy_budget import PrivacyBudget as PrivacyBudget
 from .mechanisms.privacy_budget import zcdp_epsilon as zcdp_epsilon
 from .mechanisms.privacy_budget import zcdp_rho as zcdp_rho
+from .queries.adaptive_data_analysis import AttackReport as AttackReport
+from .queries.adaptive_data_analysis import PrivateMultiplicativeWeights as PrivateMultiplicativeWeights
+from .queries.adaptive_data_analysis import StatisticalQueryOracle as StatisticalQueryOracle
+from .queries.adaptive_data_analysis import freedman_attack as freedman_attack
+from .queries.adaptive_data_analysis import generalization_bound as generalization_bound
+from .queries.adaptive_data_analysis import max_adaptive_queries as max_adaptive_queries
 from .queries.continual_max_sum import BinaryTreeCounter as BinaryTreeCounter
 from .queries.continual_max_sum import ContinualMaxSum as ContinualMaxSum
 from .queries.continual_max_sum import batch_max_sum as batch_max_sum

@@ -31,6 +31,9 @@ from .measurements.learning_from_perturbations import agreement_condition as agr
 from .measurements.learning_from_perturbations import boundary_perturbation as boundary_perturbation
 from .measurements.learning_from_perturbations import perturbation_boundary as perturbation_boundary
 from .measurements.learning_from_perturbations import standard_boundary as standard_boundary
+from .training.converge_smooth import ConvergeSmooth as ConvergeSmooth
+from .training.converge_smooth import WeightCentralization as WeightCentralization
+from .training.converge_smooth import fast_adversarial_train as fast_adversarial_train
 from .training.convex_robust_relu import ConvexReLUClassifier as ConvexReLUClassifier
 from .training.convex_robust_relu import ConvexReLURegressor as ConvexReLURegressor
 from .training.convex_robust_relu import sample_patterns as sample_patterns
@@ -42,3 +45,7 @@ from .training.ibp_training import verified_accuracy as verified_accuracy
 from .training.jacobian_regularizer import JacobianRegularizer as JacobianRegularizer
 from .training.jacobian_regularizer import jacobian_norm as jacobian_norm
 from .training.jacobian_regularizer import margin_bound as margin_bound
+from .training.robust_weight_perturbation import RobustWeightPerturbation as RobustWeightPerturbation
+from .training.robust_weight_perturbation import TrainingHistory as TrainingHistory
+from .training.robust_weight_perturbation import adversarial_train as adversarial_train
+from .training.robust_weight_perturbation import adversarial_weight_perturbation as adversarial_weight_perturbation

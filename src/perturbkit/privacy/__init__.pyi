@@ -17,6 +17,14 @@ from .mechanisms.epsilon_lower_bound import epsilon_lower_bound as epsilon_lower
 from .mechanisms.privacy_budget import PrivacyBudget as PrivacyBudget
 from .mechanisms.privacy_budget import zcdp_epsilon as zcdp_epsilon
 from .mechanisms.privacy_budget import zcdp_rho as zcdp_rho
+from .mechanisms.quantum_recommendation_privacy import FKVResult as FKVResult
+from .mechanisms.quantum_recommendation_privacy import LowRankRecommender as LowRankRecommender
+from .mechanisms.quantum_recommendation_privacy import RecommendationPrivacy as RecommendationPrivacy
+from .mechanisms.quantum_recommendation_privacy import hockey_stick as hockey_stick
+from .mechanisms.quantum_recommendation_privacy import length_squared_svd as length_squared_svd
+from .mechanisms.quantum_recommendation_privacy import privacy_profile as privacy_profile
+from .mechanisms.quantum_recommendation_privacy import pure_state_delta as pure_state_delta
+from .mechanisms.quantum_recommendation_privacy import truncated_svd_derivative as truncated_svd_derivative
 from .queries.adaptive_data_analysis import AttackReport as AttackReport
 from .queries.adaptive_data_analysis import PrivateMultiplicativeWeights as PrivateMultiplicativeWeights
 from .queries.adaptive_data_analysis import StatisticalQueryOracle as StatisticalQueryOracle

@@ -49,3 +49,8 @@ from .training.robust_weight_perturbation import RobustWeightPerturbation as Rob
 from .training.robust_weight_perturbation import TrainingHistory as TrainingHistory
 from .training.robust_weight_perturbation import adversarial_train as adversarial_train
 from .training.robust_weight_perturbation import adversarial_weight_perturbation as adversarial_weight_perturbation
+from .training.sublinear_adversarial_training import HalfSpaceReporter as HalfSpaceReporter
+from .training.sublinear_adversarial_training import ShiftedReLUNet as ShiftedReLUNet
+from .training.sublinear_adversarial_training import SublinearAdversarialTrainer as SublinearAdversarialTrainer
+from .training.sublinear_adversarial_training import SublinearHistory as SublinearHistory
+from .training.sublinear_adversarial_training import expected_active_fraction as expected_active_fraction

@@ -12,6 +12,7 @@ from _common import Example
 from perturbkit.core import assign, flatten
 from perturbkit.core.random import randn, randperm, uniform
 from perturbkit.robust import ConvergeSmooth, WeightCentralization, fast_adversarial_train
+from perturbkit.robust.training.converge_smooth import _Starts
 
 F64 = torch.float64
 
@@ -199,6 +200,20 @@ def test_the_prior_start_goes_on_from_what_the_row_reached():
     torch.testing.assert_close(second, reached)
     assert bool((first - third).abs().max() > 0.05)
     assert all(float((s - x[torch.cdist(s, x).argmin(1)]).abs().max()) <= 0.1 + 1e-12 for s in seen)
+
+
+def test_the_prior_moves_along_a_decaying_mean_of_gradients():
+    x, rows = torch.full((1, 2), 0.5, dtype=F64), torch.tensor([0])
+    starts = _Starts(x, 0.1, (0.0, 1.0), True, 40, torch.Generator().manual_seed(0))
+    starts.draw(rows, 0)
+    zero = torch.zeros(1, 2, dtype=F64)
+    starts.move(rows, zero, torch.tensor([[3.0, 1.0]], dtype=F64), 0.01)
+    torch.testing.assert_close(starts.means, torch.tensor([[0.75, 0.25]], dtype=F64))
+    end = starts.move(rows, zero, torch.tensor([[-0.1, 0.9]], dtype=F64), 0.01)
+    torch.testing.assert_close(starts.means, torch.tensor([[0.125, 0.975]], dtype=F64))
+    # The attack goes along the gradient, the next start along the mean.
+    torch.testing.assert_close(end, torch.tensor([[-0.01, 0.01]], dtype=F64))
+    torch.testing.assert_close(starts.draw(rows, 1), torch.tensor([[0.01, 0.01]], dtype=F64))
 
 
 def test_the_clean_reference_is_the_loss_of_the_clean_inputs():

@@ -35,7 +35,7 @@ _NOISE = 0.3
     needs="training",
     input="any",
     cost="a double backward pass a step",
-    seconds=60,
+    seconds=50,
 )
 def reproduce(run: Run) -> Evidence:
     """Train with and without the penalty, three seeds, on digits and on a table."""

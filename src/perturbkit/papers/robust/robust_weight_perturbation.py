@@ -59,7 +59,7 @@ class _Random(RobustWeightPerturbation):
     needs="training",
     input="any",
     cost="n_steps forward and backward passes a step beside the attack's",
-    seconds=110,
+    seconds=120,
 )
 def reproduce(run: Run) -> Evidence:
     """Train three ways and a control, three seeds, on few rows with a fifth of the labels drawn anew."""

@@ -45,6 +45,11 @@ from .training.ibp_training import verified_accuracy as verified_accuracy
 from .training.jacobian_regularizer import JacobianRegularizer as JacobianRegularizer
 from .training.jacobian_regularizer import jacobian_norm as jacobian_norm
 from .training.jacobian_regularizer import margin_bound as margin_bound
+from .training.manifold_lipschitz import ManifoldHistory as ManifoldHistory
+from .training.manifold_lipschitz import ManifoldLipschitzLearner as ManifoldLipschitzLearner
+from .training.manifold_lipschitz import heat_graph as heat_graph
+from .training.manifold_lipschitz import point_cloud_gradient_norm as point_cloud_gradient_norm
+from .training.manifold_lipschitz import weighted_laplacian_penalty as weighted_laplacian_penalty
 from .training.robust_weight_perturbation import RobustWeightPerturbation as RobustWeightPerturbation
 from .training.robust_weight_perturbation import TrainingHistory as TrainingHistory
 from .training.robust_weight_perturbation import adversarial_train as adversarial_train

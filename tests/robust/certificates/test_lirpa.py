@@ -390,3 +390,156 @@ def test_unsupported_operations_are_refused_by_name():
     x = _normal(1, 2)
     with pytest.raises(checks.ModelError, match="sin"):
         BoundedModule(Sine(), x).bounds(x, Ball("l2", 0.1))
+
+
+class _Of(nn.Module):
+    """A forward of its own over two layers."""
+
+    def __init__(self, forward, width=4):
+        super().__init__()
+        self.a, self.o, self.run = nn.Linear(5, 4), nn.Linear(width, 3), forward
+
+    def forward(self, x):
+        return self.run(self, x)
+
+
+def _square(net, x):
+    h = net.a(x)
+    return net.o(h * h)
+
+
+def _gram(net, x):
+    h = net.a(x)[:, :, None] + torch.tanh(net.a(x))[:, None]
+    return net.o((h @ h).flatten(1))
+
+
+def _numbers(net, x):
+    h = net.a(x)
+    first, total = torch.relu(h[:, 0]), torch.relu(h).sum(1)
+    return net.o(torch.cat([first.unsqueeze(1), torch.relu(total - 1).view(-1, 1)], 1))
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize(
+    ("forward", "width"), [(_square, 4), (_gram, 16), (_numbers, 2)], ids=["square", "gram", "numbers"]
+)
+@pytest.mark.parametrize("ball", [Ball("linf", 0.3), Ball("l2", 0.8)], ids=lambda b: b.norm)
+def test_squares_and_rows_of_one_number_are_bounded(forward, width, method, ball):
+    net, x = _seeded(lambda: _Of(forward, width)), _normal(3, 5)
+    found = BoundedModule(net, x).bounds(x, ball, method=method)
+    y = _searched(net, x, ball, 500)
+    assert bool((y >= found.lower[:, None] - 1e-9).all())
+    assert bool((y <= found.upper[:, None] + 1e-9).all())
+    assert bool((found.lower <= found.upper).all())
+
+
+def test_pooling_of_rows_without_channels():
+    net = _seeded(lambda: nn.Sequential(nn.MaxPool2d(2), nn.Flatten(), nn.Linear(4, 2)))
+    x, ball = _normal(3, 4, 4), Ball("linf", 0.5)
+    found = BoundedModule(net, x).bounds(x, ball)
+    y = (
+        net(torch.cat([x + ball.sample(x, generator=k) for k in range(200)]))
+        .unflatten(0, (200, 3))
+        .transpose(0, 1)
+    )
+    assert bool((y >= found.lower[:, None]).all())
+    assert bool((y <= found.upper[:, None]).all())
+
+
+MIXING = {
+    "the mean over the batch": lambda net, x: net.o(torch.relu(net.a(x) - net.a(x).mean(0, keepdim=True))),
+    "tokens on the first axis": lambda net, x: net.o(
+        torch.relu(x.reshape(-1, 1)).reshape(x.size(0), -1)[:, :4]
+    ),
+    "an axis of the same length": lambda net, x: net.o(torch.relu(net.a(x).transpose(0, 1)).transpose(0, 1)),
+}
+
+
+@pytest.mark.parametrize("mixing", list(MIXING))
+@pytest.mark.parametrize("n", [1, 4])
+def test_rows_that_leave_the_first_axis_are_refused(mixing, n):
+    net, x = _seeded(lambda: _Of(MIXING[mixing])), _normal(n, 5)
+    with pytest.raises(checks.ModelError, match="first axis"):
+        BoundedModule(net, x).bounds(x, Ball("linf", 0.1))
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda: nn.Softplus(1, 0.5),
+        lambda: _Of(lambda net, x: net.o(functional.softplus(net.a(x), threshold=1.0))),
+    ],
+)
+def test_softplus_with_a_step_is_refused(make):
+    net = _seeded(lambda: nn.Sequential(nn.Linear(5, 5), make()))
+    with pytest.raises(checks.ModelError, match="softplus with the threshold"):
+        BoundedModule(net, _normal(2, 5)).bounds(_normal(2, 5), Ball("linf", 0.1))
+
+
+def test_weights_that_are_used_elsewhere_are_refused():
+    tied = _seeded(lambda: nn.Sequential(nn.Linear(5, 5), nn.ReLU(), nn.Linear(5, 5)))
+    tied[2].weight = tied[0].weight
+    read = _seeded(
+        lambda: _Of(lambda net, x: net.o(functional.linear(net.a(x), net.o.weight.T @ net.o.weight)[:, :4]))
+    )
+    middle = _seeded(lambda: _Of(lambda net, x: net.o(net.a(x[:, None]))[:, 0]))
+    x, ball = _normal(3, 5), Ball("l2", 0.5)
+    for net, name, message in (
+        (tied, "0.weight", "also used as 2.weight"),
+        (read, "o.weight", "also used outside its layer"),
+        (middle, "a.weight", "flat rows"),
+    ):
+        with pytest.raises(checks.ArgumentError, match=message):
+            BoundedModule(net, x).bounds(x, weights={name: ball})
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_a_layer_called_twice_has_one_weight(method):
+    layer = _seeded(lambda: nn.Linear(4, 4))
+    net, x = nn.Sequential(layer, nn.ReLU(), layer), _normal(3, 4)
+    ball = Ball("l2", 0.5)
+    found = BoundedModule(net, x).bounds(x, weights={"0.weight": ball}, method=method)
+    weight, g = layer.weight.detach().clone(), torch.Generator().manual_seed(4)
+    for _ in range(300):
+        step = ball.sample(weight[None], generator=g)[0]
+        layer.weight.data.copy_(weight + step * 0.5 / torch.linalg.vector_norm(step))
+        y = net(x)
+        assert bool((y >= found.lower - 1e-9).all())
+        assert bool((y <= found.upper + 1e-9).all())
+
+
+def test_the_lower_lines_are_the_near_ones():
+    low, high = torch.tensor([-1.0, -2.5, -2.0]), torch.tensor([3.0, 1.5, 2.0])
+    assert relax(("leaky", 0.0), low, high).low_slope.tolist() == [1.0, 0.0, 1.0]
+    # An exponential is positive, and so is the line below it.
+    lines = relax(("exp", 0.0), low, high + 5)
+    assert bool((lines.low_slope * low + lines.low_shift > 0).all())
+
+
+POOLS = [
+    lambda: nn.MaxPool2d(3, stride=2, padding=1),
+    lambda: nn.MaxPool2d((3, 2), stride=(2, 1), padding=(1, 0)),
+    lambda: nn.MaxPool2d(2, stride=1, dilation=2),
+    lambda: nn.MaxPool2d(2, ceil_mode=True),
+]
+
+
+@pytest.mark.parametrize("pool", range(len(POOLS)))
+@pytest.mark.parametrize("method", ["crown", "forward"])
+def test_maxima_of_any_windows_are_bounded_by_their_elements(pool, method):
+    net = nn.Sequential(POOLS[pool](), nn.Flatten())
+    # Below the zeros of a padding, near each other, and each with a width of its own.
+    x = 0.02 * _normal(3, 2, 5, 5) - 1
+    width = 0.04 * _normal(3, 2, 5, 5, seed=1).abs()
+    bounded, box = BoundedModule(net, x), Box(-width, width)
+    found = bounded.bounds(x, box, method=method)
+    torch.testing.assert_close(found.upper, net(x + width))
+    torch.testing.assert_close(found.lower, net(x - width))
+    c = _normal(3, 4, bounded.n_outputs, seed=2)
+    found = bounded.bounds(x, box, method=method, C=c)
+    g = torch.Generator().manual_seed(5)
+    for _ in range(200):
+        side = torch.rand(x.shape, generator=g, dtype=x.dtype).round() * 2 - 1
+        y = torch.einsum("nsk,nk->ns", c, net(x + side * width))
+        assert bool((y >= found.lower - 1e-9).all())
+        assert bool((y <= found.upper + 1e-9).all())

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, fx, nn
 from torch.nn import functional
 
+from perturbkit.core import checks
 from perturbkit.robust.certificates._parts import Interval, Propagate
 from perturbkit.robust.certificates._relaxations import Lines, lines_of, relax
 
@@ -38,11 +39,19 @@ class Root(Protocol):
 class LinearBounds(Propagate):
     """Bounds of every node of a graph over its roots, and of linear functions of any node."""
 
-    def __init__(self, graph: fx.GraphModule, roots: dict[fx.Node, Root], tighten: bool) -> None:
+    def __init__(
+        self,
+        graph: fx.GraphModule,
+        roots: dict[fx.Node, Root],
+        tighten: bool,
+        mixed: frozenset[str] = frozenset(),
+    ) -> None:
         super().__init__(graph, garbage_collect_values=False)
         self.extra_traceback = False
         self.roots, self._tighten, self._graph = roots, tighten, graph
         self._nodes = list(graph.graph.nodes)
+        # Nodes whose first axis is not that of the inputs: coefficients are one a row, and would be added up.
+        self._mixed = mixed
         self._tight: set[fx.Node] = set(roots)
         self._affine: set[fx.Node] = set(roots)
         self._round = any(root.round for root in roots.values())
@@ -65,7 +74,15 @@ class LinearBounds(Propagate):
                         self._tighten_node(source, None)
                     elif self._tighten:
                         self._tighten_node(source, lines_of(n, self._graph))
-        return super().run_node(n)
+        out = super().run_node(n)
+        rows = next(iter(self.roots.values())).box.lower.shape[0]
+        if isinstance(out, Interval) and (n.name in self._mixed or out.lower.shape[:1] != (rows,)):
+            raise checks.ModelError(
+                f"{n.name} has the shape {tuple(out.lower.shape)}, whose first axis is not that of the {rows} inputs; "
+                "allowed: a forward that keeps the inputs on the first axis and apart. Write it so, or use "
+                "interval_bounds."
+            )
+        return out
 
     # -- bounds ---------------------------------------------------------------------------------------------------
 
@@ -112,7 +129,7 @@ class LinearBounds(Propagate):
                 continue
             eye = _identity(value.lower)
             if n in self.roots:
-                flat = eye.flatten(2)
+                flat = _flat(eye)
                 functions[n] = (
                     {n: flat},
                     flat.new_zeros(flat.shape[:2]),
@@ -137,7 +154,7 @@ class LinearBounds(Propagate):
         found, constant = pushed
         total: dict[fx.Node, Tensor] = {}
         for source, a in found.items():
-            flat, (lower, low, upper, high) = a.flatten(2), functions[source]
+            flat, (lower, low, upper, high) = _flat(a), functions[source]
             positive, negative = flat.clamp(min=0), flat.clamp(max=0)
             constant = constant + torch.einsum("snw,wn->sn", positive, low)
             constant = constant + torch.einsum("snw,wn->sn", negative, high)
@@ -151,8 +168,8 @@ class LinearBounds(Propagate):
         lower, low, upper, high = functions
         for root, a in lower.items():
             shape = self.roots[root].box.lower.shape
-            low = low + self.roots[root].lowest(a.unflatten(2, shape[1:]))
-            high = high - self.roots[root].lowest(-upper[root].unflatten(2, shape[1:]))
+            low = low + self.roots[root].lowest(a.reshape(*a.shape[:2], *shape[1:]))
+            high = high - self.roots[root].lowest(-upper[root].reshape(*a.shape[:2], *shape[1:]))
         shape = value.lower.shape
         return _meet(value, Interval(low.T.reshape(shape), high.T.reshape(shape)))
 
@@ -165,14 +182,14 @@ class LinearBounds(Propagate):
         eye = torch.eye(width, dtype=box.lower.dtype, device=box.lower.device)
         if kind is not None and kind[0] == "leaky":
             # Lines of a rectifier are exact where its input has one sign in every row.
-            eye = eye[((box.lower < 0) & (box.upper > 0)).flatten(1).any(0)]
+            eye = eye[((box.lower < 0) & (box.upper > 0)).reshape(-1, width).any(0)]
             if not len(eye):
                 return
         which = eye.argmax(1)
         n = len(box.lower)
         specs = eye.reshape(len(eye), 1, *box.lower.shape[1:]).expand(-1, n, *box.lower.shape[1:])
         found = self.bounds(node, specs)
-        lower, upper = box.lower.flatten(1).clone(), box.upper.flatten(1).clone()
+        lower, upper = (end.reshape(n, width).clone() for end in (box.lower, box.upper))
         lower[:, which] = torch.maximum(lower[:, which], found.lower)
         upper[:, which] = torch.minimum(upper[:, which], found.upper)
         self.env[node] = Interval(lower.reshape(box.lower.shape), upper.reshape(box.lower.shape))
@@ -185,6 +202,10 @@ class LinearBounds(Propagate):
 
     def _dependent(self, n: fx.Node) -> list[fx.Node]:
         return [a for a in n.all_input_nodes if isinstance(self.env[a], Interval)]
+
+    def _factors(self, n: fx.Node) -> list[fx.Node]:
+        """Return the dependent factors of a product, a square's twice."""
+        return [a for a in n.args if isinstance(a, fx.Node) and isinstance(self.env[a], Interval)]
 
     def _push(self, n: fx.Node, a: Tensor) -> tuple[Coefficients, Tensor]:
         """Turn a lower bound in terms of a node into one in terms of what it is made of."""
@@ -202,10 +223,11 @@ class LinearBounds(Propagate):
             return _through_lines(source, self._lines[n], a)
         if self._is_affine(n):
             return self._through_affine(n, sources, a)
-        if n.target in _PRODUCTS and len(sources) == 2:
-            return self._through_product(_PRODUCTS[n.target], sources[0], sources[1], a)
+        if n.target in _PRODUCTS:
+            left, right = self._factors(n)
+            return self._through_product(_PRODUCTS[n.target], left, right, a)
         window = self._pooling(n)
-        if window is not None:
+        if window is not None and a.ndim == 5:
             return _through_max_pool(sources[0], self.env[sources[0]], window, a)
         # Its box, cut off from the input.
         return {}, _over_box(a, value)
@@ -217,7 +239,7 @@ class LinearBounds(Propagate):
             return True
         if n.target in (operator.truediv, torch.div, "div"):
             return len(self._dependent(n)) == 1
-        return n.target in _PRODUCTS and len(self._dependent(n)) == 1
+        return n.target in _PRODUCTS and len(self._factors(n)) == 1
 
     def _through_affine(self, n: fx.Node, sources: list[fx.Node], a: Tensor) -> tuple[Coefficients, Tensor]:
         def apply(*values: Tensor) -> Tensor:
@@ -318,9 +340,14 @@ def _identity(like: Tensor) -> Tensor:
     return eye.expand(-1, len(like), *like.shape[1:])
 
 
+def _flat(a: Tensor) -> Tensor:
+    """Return coefficients as (s, n, width), also where a row is a single number."""
+    return a.reshape(*a.shape[:2], -1)
+
+
 def _inner(a: Tensor, values: Tensor) -> Tensor:
     """Return sums of products over all but specs and rows, (s, n)."""
-    return (a * values).flatten(2).sum(2)
+    return _flat(a * values).sum(2)
 
 
 def _over_box(a: Tensor, box: Interval) -> Tensor:

@@ -236,6 +236,12 @@ def _sloped(m: Any, x: Interval) -> Interval:
     return _monotone(m, x)
 
 
+def _softplus(x: Interval, beta: float = 1.0, threshold: float = 20.0) -> Interval:
+    if threshold < 20:
+        raise _unsupported(f"softplus with the threshold {threshold:g}, where it falls by a step,")
+    return x.map(lambda end: functional.softplus(end, beta, threshold))
+
+
 def _dropout(m: Any, x: Interval) -> Interval:
     if m.training:
         raise checks.ModelError(
@@ -285,7 +291,7 @@ _MINIMA = {
     (nn.SiLU, "none"): (-1.2784645427610738, -0.2784645427610739),
 }
 _MONOTONE = (
-    nn.ReLU, nn.Tanh, nn.Sigmoid, nn.SELU, nn.CELU, nn.Softplus, nn.Hardtanh, nn.ReLU6, nn.LogSigmoid, nn.Hardsigmoid,
+    nn.ReLU, nn.Tanh, nn.Sigmoid, nn.SELU, nn.CELU, nn.Hardtanh, nn.ReLU6, nn.LogSigmoid, nn.Hardsigmoid,
     nn.Softsign,
 )  # fmt: skip
 _REARRANGING = (
@@ -295,7 +301,7 @@ _REARRANGING = (
 _MODULES: dict[type[nn.Module], Callable[[Any, Interval], Interval]] = {
     nn.Linear: _linear, nn.Conv1d: _conv, nn.Conv2d: _conv, nn.Conv3d: _conv, nn.BatchNorm1d: _batch_norm,
     nn.BatchNorm2d: _batch_norm, nn.LayerNorm: _layer_norm, nn.GELU: _unimodal, nn.SiLU: _unimodal,
-    nn.Softmax: lambda m, x: _softmax(x, m.dim), nn.LeakyReLU: _sloped, nn.ELU: _sloped, nn.Dropout: _dropout, nn.Dropout2d: _dropout,
+    nn.Softmax: lambda m, x: _softmax(x, m.dim), nn.Softplus: lambda m, x: _softplus(x, m.beta, m.threshold), nn.LeakyReLU: _sloped, nn.ELU: _sloped, nn.Dropout: _dropout, nn.Dropout2d: _dropout,
     **dict.fromkeys((*_MONOTONE, *_REARRANGING), _monotone),
 }  # fmt: skip
 
@@ -387,7 +393,9 @@ def _function_sloped(fun: Callable[..., Tensor], slope: str, standard: float) ->
     return rule
 
 
-def _function_linear(x: Interval, weight: Tensor, bias: Tensor | None = None) -> Interval:
+def _function_linear(x: Any, weight: Tensor, bias: Tensor | None = None) -> Interval:
+    if _has_interval((weight, bias)):
+        raise _unsupported("linear with a weight or bias that depends on the input")
     return affine(
         x, lambda c: functional.linear(c, weight, bias), lambda r: functional.linear(r, weight.abs())
     )
@@ -417,10 +425,10 @@ _FUNCTIONS: dict[Any, Callable[..., Any]] = {
     functional.elu: _function_sloped(functional.elu, "alpha", 1.0),
     functional.gelu: lambda x, approximate="none": _unimodal(nn.GELU(approximate), x),
     functional.silu: lambda x, inplace=False: _unimodal(nn.SiLU(), x),
-    torch.softmax: _softmax, functional.softmax: _softmax,
+    torch.softmax: _softmax, functional.softmax: _softmax, functional.softplus: _softplus,
     **{f: _both(f) for f in (
         torch.relu, functional.relu, torch.tanh, functional.tanh, torch.sigmoid, functional.sigmoid,
-        functional.softplus, functional.relu6, functional.hardtanh, torch.flatten, torch.reshape, torch.squeeze,
+        functional.relu6, functional.hardtanh, torch.flatten, torch.reshape, torch.squeeze,
         torch.unsqueeze, torch.transpose, torch.permute, torch.mean, torch.sum, torch.exp, functional.max_pool2d,
         functional.avg_pool2d, functional.adaptive_avg_pool2d, torch.clamp,
     )},

@@ -52,10 +52,7 @@ def with_weights(
         path = name.removesuffix(".weight")
         calls = [n for n in graph.graph.nodes if n.op == "call_module" and n.target == path]
         layer = graph.get_submodule(path) if calls else None
-        flat = all(
-            n.args[0].meta["tensor_meta"].shape[1:].numel() == n.args[0].meta["tensor_meta"].shape[-1]
-            for n in calls
-        )
+        flat = all(len(n.args[0].meta["tensor_meta"].shape) == 2 for n in calls)
         if (
             not isinstance(layer, nn.Linear)
             or not name.endswith(".weight")
@@ -66,6 +63,14 @@ def with_weights(
             raise checks.ArgumentError(
                 f"weights names {name!r} with a {type(ball).__name__}; allowed: a Ball for a weight of a linear layer on "
                 f"flat rows, {', '.join(known) or 'of which there is none'}. Correct the name."
+            )
+        # Elsewhere it would stay as it is, and the bounds be those of another network.
+        users = [k for k, p in traced.named_parameters(remove_duplicate=False) if p is layer.weight]
+        read = [n for n in traced.graph.nodes if n.op == "get_attr" and n.target == name]
+        if len(users) > 1 or read:
+            raise checks.ArgumentError(
+                f"weights names {name!r}, which is also used {'outside its layer' if read else 'as ' + ', '.join(set(users) - {name})}; "
+                "allowed: a weight of one layer alone. Call that layer twice, or leave the weight out."
             )
         weight = layer.weight.expand(len(example), -1, -1)
         with graph.graph.inserting_before(calls[0]):
@@ -116,13 +121,15 @@ class SetRoot:
 
     def lowest(self, coefficients: Tensor) -> Tensor:
         a = coefficients
-        corner = (a.clamp(min=0) * self.box.lower + a.clamp(max=0) * self.box.upper).flatten(2).sum(2)
+        flat = a.reshape(*a.shape[:2], -1)
+        low, high = (end.reshape(len(end), -1) for end in (self.box.lower, self.box.upper))
+        corner = (flat.clamp(min=0) * low + flat.clamp(max=0) * high).sum(2)
         if self._ball is None or self._ball.norm == "linf":
             return corner
-        dual = torch.linalg.vector_norm(a.flatten(2), ord=_DUAL[self._ball.norm], dim=2)
+        dual = torch.linalg.vector_norm(flat, ord=_DUAL[self._ball.norm], dim=2)
         radius = _rows(self._ball.radius, self.x).reshape(-1)
         # Both hold for an intersection, and neither is always the greater.
-        return torch.maximum(corner, (a * self.x).flatten(2).sum(2) - radius * dual)
+        return torch.maximum(corner, (flat * self.x.reshape(len(self.x), -1)).sum(2) - radius * dual)
 
 
 class WordsRoot:

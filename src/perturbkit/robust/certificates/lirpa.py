@@ -8,7 +8,7 @@ Hsieh (2020), Automatic Perturbation Analysis for Scalable Certified Robustness 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, fx, nn
@@ -75,14 +75,18 @@ class BoundedModule:
         self.model = model
         self._graph = trace(model, example)
         self._shape = tuple(example.shape[1:])
-        with evaluating(model), torch.no_grad():
-            answer = model(example[:1])
-        if answer.ndim != 2 or len(answer) != 1:
+        # Of other sizes than the example's, so that an axis of the same length is not taken for that of the inputs.
+        shapes = [_shapes(self._graph, model, torch.cat([example[:1]] * n)) for n in (2, 3)]
+        answer = shapes[0]["output"]
+        if len(answer) != 2 or answer[0] != 2:
             raise checks.ModelError(
-                f"the network answers with shape {tuple(answer.shape)} to one input; allowed: one row of numbers an input, "
+                f"the network answers with shape {answer} to two inputs; allowed: one row of numbers an input, "
                 "(n, outputs). Return the logits alone."
             )
-        self.n_outputs: int = answer.shape[1]
+        self.n_outputs: int = answer[1]
+        self._mixed = frozenset(
+            k for k in shapes[0] if any(s[k][:1] != (n,) for n, s in zip((2, 3), shapes, strict=True))
+        )
 
     def bounds(
         self,
@@ -117,7 +121,8 @@ class BoundedModule:
         Raises
         ------
         ModelError
-            If the network has an operation without a rule; it is named.
+            If the network has an operation without a rule, or one that takes the inputs off the first axis or mixes them;
+            it is named.
         ArgumentError, ArgumentTypeError
             If an argument is not allowed.
         """
@@ -148,7 +153,7 @@ class BoundedModule:
                 roots[entry] = WordsRoot(x, perturbation)
             elif perturbation is not None:
                 roots[entry] = SetRoot.around(x, perturbation)
-            linear = LinearBounds(graph, roots, tighten=method == "crown")
+            linear = LinearBounds(graph, roots, tighten=method == "crown", mixed=self._mixed)
             box = linear.run(x, enable_io_processing=False)
         if not isinstance(box, Interval):
             raise checks.ModelError(
@@ -235,6 +240,30 @@ def loss_fusion(
     by_lines = above + (at_high - slope * high).sum(1)
     # The true class alone contributes 1 to g, which keeps rounding out of the logarithm.
     return torch.minimum(by_lines, by_box).clamp_min((-shift[:, 0]).exp()).log() + shift[:, 0]
+
+
+def _shapes(graph: fx.GraphModule, model: nn.Module, x: Tensor) -> dict[str, tuple[int, ...]]:
+    """Return the shape of every tensor of the graph at an input."""
+    found: dict[str, tuple[int, ...]] = {}
+
+    class Recorder(fx.Interpreter):
+        def run_node(self, n: fx.Node) -> Any:
+            out = super().run_node(n)
+            if isinstance(out, Tensor):
+                found[n.name] = tuple(out.shape)
+            return out
+
+    recorder = Recorder(graph)
+    recorder.extra_traceback = False
+    try:
+        with evaluating(model), torch.no_grad():
+            recorder.run(x.clone())
+    except Exception as error:
+        raise checks.ModelError(
+            f"the forward of {type(model).__name__} fails on {len(x)} inputs ({str(error).strip().splitlines()[:1]}); "
+            "allowed: a forward for any number of inputs. Take the number from the input."
+        ) from error
+    return found
 
 
 def _output_bounds(linear: LinearBounds, box: Interval, method: Method, specs: Tensor | None) -> Interval:

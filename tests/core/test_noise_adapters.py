@@ -169,5 +169,41 @@ def test_refusals():
         Denoiser.from_diffusers(network, "ddim")
     with pytest.raises(ArgumentError, match="beta_schedule is 'sigmoid'; allowed"):
         Denoiser.from_diffusers(network, {"beta_schedule": "sigmoid"})
+    for other in ({}, diffusers.EDMEulerScheduler(), diffusers.ScoreSdeVeScheduler()):
+        with pytest.raises(ArgumentError, match=r"the configuration has .*; allowed: one with beta_start"):
+            Denoiser.from_diffusers(network, other)
     with pytest.raises(ArgumentError, match="prediction_type is 'flow'; allowed"):
         Denoiser.from_diffusers(network, {"prediction_type": "flow", "beta_start": 1e-4, "beta_end": 0.02})
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"beta_schedule": "squaredcos_cap_v2"},
+        {"trained_betas": [0.1, 0.2, 0.3, 0.4], "num_train_timesteps": 4},
+        {"beta_schedule": "scaled_linear"},
+    ],
+    ids=["cosine", "trained", "scaled"],
+)
+def test_every_table_is_rescaled_when_asked_to(options):
+    scheduler = diffusers.DDPMScheduler(rescale_betas_zero_snr=True, **options)
+    for given in (scheduler, dict(scheduler.config)):
+        schedule = Denoiser.from_diffusers(network, given).schedule
+        n = len(scheduler.alphas_cumprod) - 1
+        found = schedule.alpha(torch.arange(n, dtype=torch.float64))
+        torch.testing.assert_close(found, scheduler.alphas_cumprod[:n].double().sqrt(), rtol=1e-3, atol=1e-5)
+        assert float(schedule.alpha(n)) == pytest.approx(float(found[-1]) / 2)
+
+
+def test_a_scheduler_with_a_number_of_its_own_at_the_last_step():
+    scheduler = diffusers.EulerDiscreteScheduler(rescale_betas_zero_snr=True)
+    assert scheduler.alphas_cumprod[-1] > scheduler.alphas_cumprod[-2]
+    schedule = Denoiser.from_diffusers(network, scheduler).schedule
+    assert float(schedule.alpha(999.0)) == pytest.approx(float(schedule.alpha(998.0)) / 2)
+
+
+def test_flow_matching_named_by_its_prediction():
+    scheduler = diffusers.DPMSolverMultistepScheduler(prediction_type="flow_prediction", use_flow_sigmas=True)
+    denoiser = Denoiser.from_diffusers(lambda x, t: x * t.reshape(-1, *[1] * (x.ndim - 1)), scheduler)
+    assert denoiser.predicts == "velocity"
+    torch.testing.assert_close(denoiser.velocity(_x(), 0.25), 250 * _x())

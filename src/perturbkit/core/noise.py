@@ -430,6 +430,8 @@ class Denoiser:
                 f"schedule is a {type(schedule).__name__}; allowed: a Schedule. Pass for instance VPSchedule()."
             )
         self.fun = fun
+        #: What holds the parameters: the function itself, or the model that it wraps.
+        self.network: Callable[..., Any] = fun
         self.schedule = schedule
         self.predicts: Prediction = checks.one_of("predicts", predicts, _PREDICTIONS)
         self.nfev = self.n_calls = 0
@@ -474,18 +476,25 @@ class Denoiser:
                 "pipeline.scheduler."
             )
         steps = int(config.get("num_train_timesteps", 1000))
-        if "shift" in config and "beta_schedule" not in config:
-            return cls(
+        if config.get("prediction_type") == "flow_prediction" or (
+            "shift" in config and "beta_schedule" not in config
+        ):
+            flow = cls(
                 lambda x, t: _first_answer(model(x, t * steps, **inputs), x), FlowSchedule(1.0), "velocity"
             )
+            flow.network = model
+            return flow
         table = getattr(scheduler, "alphas_cumprod", None)
         products = _alphas_cumprod(config, steps) if table is None else table.double().cpu()
-        if products[-1] <= 0:  # rescaled to end without signal: a little must be left to divide by
+        # Rescaled to end without signal (some schedulers put a number of their own there): a little must be left to divide by.
+        if products[-1] <= 0 or config.get("rescale_betas_zero_snr", False):
             products = torch.cat([products[:-1], products[-2:-1] / 4])
         schedule = DiscreteSchedule(products)
         predicts = {"epsilon": "eps", "sample": "x0", "v_prediction": "v"}
         kind = checks.one_of("prediction_type", config.get("prediction_type", "epsilon"), predicts)
-        return cls(lambda x, t: _first_answer(model(x, t, **inputs), x), schedule, predicts[kind])  # type: ignore[arg-type]
+        made = cls(lambda x, t: _first_answer(model(x, t, **inputs), x), schedule, predicts[kind])  # type: ignore[arg-type]
+        made.network = model
+        return made
 
     @classmethod
     def from_edm(cls, network: Callable[..., Tensor], *, sigma_max: float = 80.0, **inputs: Any) -> Denoiser:
@@ -505,7 +514,9 @@ class Denoiser:
         >>> Denoiser.from_edm(lambda x, sigma: x / (1 + sigma[:, None] ** 2)).schedule.t_max
         80.0
         """
-        return cls(lambda x, t: network(x, t, **inputs), EDMSchedule(sigma_max), predicts="x0")
+        made = cls(lambda x, t: network(x, t, **inputs), EDMSchedule(sigma_max), predicts="x0")
+        made.network = network
+        return made
 
     def __call__(self, x: Tensor, t: Time) -> Tensor:
         """Return the network's own answer at one time, or one time a row."""
@@ -614,7 +625,7 @@ def _alphas_cumprod(config: Mapping[str, Any], steps: int) -> Tensor:
     """Return the squared alphas of a configuration of diffusers."""
     if config.get("trained_betas") is not None:
         betas = torch.as_tensor(config["trained_betas"], dtype=torch.float64)
-        return torch.cumprod(1 - betas, 0)
+        return _rescaled(torch.cumprod(1 - betas, 0), config)
     kind = checks.one_of(
         "beta_schedule",
         config.get("beta_schedule", "linear"),
@@ -623,14 +634,24 @@ def _alphas_cumprod(config: Mapping[str, Any], steps: int) -> Tensor:
     if kind == "squaredcos_cap_v2":
         grid = torch.linspace(0, 1, steps + 1, dtype=torch.float64)
         bar = torch.cos((grid + 0.008) / 1.008 * math.pi / 2) ** 2
-        return torch.cumprod(1 - (1 - bar[1:] / bar[:-1]).clamp_max(0.999), 0)
+        return _rescaled(torch.cumprod(1 - (1 - bar[1:] / bar[:-1]).clamp_max(0.999), 0), config)
+    if not {"beta_start", "beta_end"} <= set(config):
+        raise checks.ArgumentError(
+            f"the configuration has {', '.join(sorted(map(str, config)))[:200] or 'no entries'}; allowed: one with beta_start and "
+            "beta_end, trained_betas, or that of flow matching. Wrap an EDM network with Denoiser.from_edm."
+        )
     power = 0.5 if kind == "scaled_linear" else 1.0
     first, last = (float(config[name]) ** power for name in ("beta_start", "beta_end"))
-    products = torch.cumprod(1 - torch.linspace(first, last, steps, dtype=torch.float64) ** (1 / power), 0)
-    if config.get("rescale_betas_zero_snr", False):
-        root = products.sqrt()
-        products = ((root - root[-1]) * (root[0] / (root[0] - root[-1]))) ** 2
-    return products
+    betas = torch.linspace(first, last, steps, dtype=torch.float64) ** (1 / power)
+    return _rescaled(torch.cumprod(1 - betas, 0), config)
+
+
+def _rescaled(products: Tensor, config: Mapping[str, Any]) -> Tensor:
+    """Return the squared alphas, moved to end without signal if the configuration asks for it."""
+    if not config.get("rescale_betas_zero_snr", False):
+        return products
+    root = products.sqrt()
+    return ((root - root[-1]) * (root[0] / (root[0] - root[-1]))) ** 2
 
 
 def _first_answer(answer: Any, x: Tensor) -> Tensor:

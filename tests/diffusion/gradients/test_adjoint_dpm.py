@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from _common import Example
-from perturbkit.core import Denoiser
+from perturbkit.core import Denoiser, DiscreteSchedule
 from perturbkit.diffusion import adjoint_sample, sample_ddim
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
@@ -208,3 +208,37 @@ def test_a_parameter_changed_before_the_backward_pass_is_refused():
 def test_no_gradient_is_asked_for():
     out = adjoint_sample(gaussian(), start(2, 3, VP), TIMES)
     assert not out.requires_grad
+
+
+def test_time_zero_is_allowed_where_it_has_noise():
+    schedule = DiscreteSchedule.from_betas(torch.linspace(0.01, 0.1, 100, dtype=torch.float64))
+    d, x = gaussian(schedule, 0.7), start(2, 3, schedule).requires_grad_()
+    times = schedule.times(60, t_end=0.0)
+    found = adjoint_sample(d, x, times)
+    found.sum().backward()
+    factor = gaussian_end(torch.ones(1, 1, dtype=torch.float64), schedule, times[0], 0.0, 0.7)
+    torch.testing.assert_close(x.grad, factor.expand_as(x), rtol=1e-5, atol=0)
+
+
+def test_kept_states_are_those_of_the_draw():
+    forward, backward = [], []
+
+    def network(x, t):
+        (backward if x.requires_grad else forward).append(x.detach().clone())
+        return torch.tanh(x) * t[:, None]
+
+    x = start(2, 3, VP).requires_grad_()
+    adjoint_sample(
+        Denoiser(network, VP), x, VP.times(4, t_end=0.05), method="heun", checkpoint=True
+    ).sum().backward()
+    for drawn, solved in zip(forward[2::2], reversed(backward[2::2]), strict=True):
+        torch.testing.assert_close(solved, drawn, rtol=1e-14, atol=0)
+
+
+def test_parameters_of_a_wrapped_network_are_found():
+    net = Net(d=1)
+    denoiser = Denoiser.from_edm(lambda x, t: net(x, t))
+    assert not adjoint_sample(denoiser, start(2, 1, VP), TIMES).requires_grad  # a plain function has none
+    wrapped = Denoiser.from_edm(net)
+    adjoint_sample(wrapped, start(2, 1, VP), TIMES).sum().backward()
+    assert float(net.weight.grad.abs().sum()) > 0

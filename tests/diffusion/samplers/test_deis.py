@@ -128,3 +128,13 @@ def test_agrees_with_diffusers_in_the_mean_of_steps():
     ours = sample_deis(d, x, peer.timesteps.double(), order=2).x
     scale = float(states[-2].abs().max())
     assert float((ours - states[-2]).abs().max()) < 2e-3 * scale
+
+
+def test_parameters_of_the_network_are_batched_by_vmap():
+    x, times = start(3, 4, VP), VP.times(4, t_end=0.1)
+
+    def draw(weight):
+        return sample_deis(Denoiser(lambda y, t: torch.tanh(weight * y), VP), x, times).x
+
+    weights = torch.tensor([0.3, 0.8], dtype=x.dtype)
+    torch.testing.assert_close(torch.func.vmap(draw)(weights), torch.stack([draw(w) for w in weights]))

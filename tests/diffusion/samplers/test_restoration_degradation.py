@@ -43,6 +43,8 @@ EXAMPLE = Example(
             ),
             "diffusion",
         ),
+        (lambda: sample_restoration_degradation(_score, VP, torch.ones(1, 1), UNIFORM + 0.5), "at most 1"),
+        (lambda: sample_restoration_degradation(_score, FlowSchedule(1.0), torch.ones(1, 1), UNIFORM), "no signal is left"),
         (lambda: probability_flow_error(torch.ones(2, 1), _score, OU, torch.ones(1, 1), UNIFORM), "sampled"),
     ),
 )  # fmt: skip

@@ -113,13 +113,14 @@ def adjoint_sample(
             "checkpoint is set and backward_times are given; allowed: one of them, since states are kept at times alone. "
             "Leave one out."
         )
-    if float(times[-1]) <= 0 and not (method == "euler" and checkpoint):
+    last = times[-1].detach().double().cpu()
+    if float(denoiser.schedule.sigma(last)) <= 0 and not (method == "euler" and checkpoint):
         raise checks.ArgumentError(
-            "times ends at 0, where the noise prediction is undefined; allowed: a last time above 0, or method='euler' with "
+            f"times ends at {float(last):g}, where the noise prediction is undefined; allowed: a last time above 0, or method='euler' with "
             "checkpoint=True. End a little earlier."
         )
     if params is None:
-        module = denoiser.fun if isinstance(denoiser.fun, nn.Module) else nn.Identity()
+        module = denoiser.network if isinstance(denoiser.network, nn.Module) else nn.Identity()
         tensors: list[Tensor] = [p for p in module.parameters() if p.requires_grad]
     else:
         tensors = list(params)

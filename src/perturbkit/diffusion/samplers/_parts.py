@@ -9,7 +9,7 @@ from torch import Tensor
 
 from perturbkit.core import Cost, Denoiser, SampleResult, Schedule, checks
 
-__all__ = ["Path", "Point", "check_start", "check_times", "transfer", "weighted"]
+__all__ = ["Path", "Point", "check_inside", "check_start", "check_times", "transfer", "weighted"]
 
 
 @dataclass(frozen=True)
@@ -62,6 +62,10 @@ def transfer(x: Tensor, eps: Tensor, s: Point, t: Point) -> Tensor:
 def weighted(first: tuple[float, Tensor], *rest: tuple[float, Tensor]) -> Tensor:
     """Return a sum of tensors with weights, in one pass over memory a term."""
     total = first[0] * first[1]
+    if rest:
+        # Not in place: under vmap over what the network depends on, the state is not batched and the prediction is.
+        (weight, tensor), *rest = rest  # type: ignore[assignment]
+        total = torch.add(total, tensor, alpha=weight)
     for weight, tensor in rest:
         total.add_(tensor, alpha=weight)
     return total
@@ -76,14 +80,19 @@ def check_start(denoiser: Denoiser, x: Tensor, times: Tensor) -> None:
         )
     checks.tensor("x", x)
     check_times(times)
-    if float(denoiser.schedule.alpha(times[0].double().cpu())) <= 0:
+    check_inside(denoiser.schedule, times)
+
+
+def check_inside(schedule: Schedule, times: Tensor) -> None:
+    """Check that a grid starts inside a schedule, with signal left."""
+    if float(schedule.alpha(times[0].double().cpu())) <= 0:
         raise checks.ArgumentError(
             f"times starts at {float(times[0]):g}, where no signal is left; allowed: times with alpha above 0. Start a "
             "little later."
         )
-    if float(times[0]) > denoiser.schedule.t_max * (1 + 1e-9):
+    if float(times[0]) > schedule.t_max * (1 + 1e-9):
         raise checks.ArgumentError(
-            f"times starts at {float(times[0]):g}; allowed: at most {denoiser.schedule.t_max:g}, the schedule's last "
+            f"times starts at {float(times[0]):g}; allowed: at most {schedule.t_max:g}, the schedule's last "
             "time. Start there."
         )
 

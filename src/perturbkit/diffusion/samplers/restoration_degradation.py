@@ -20,7 +20,7 @@ from scipy.optimize import linear_sum_assignment
 from torch import Tensor
 
 from perturbkit.core import Cost, Result, SampleResult, Schedule, checks
-from perturbkit.diffusion.samplers._parts import check_times
+from perturbkit.diffusion.samplers._parts import check_inside, check_times
 
 __all__ = ["FlowError", "ForwardSDE", "probability_flow_error", "sample_restoration_degradation"]
 
@@ -73,7 +73,7 @@ def sample_restoration_degradation(
         Decreasing times, none below zero.
     lookback : float, optional
         How far to restore, in time: at least a step is, and at most all the way to 0. The square root of the step by
-        default; ``math.inf`` restores to time 0, which with a schedule is DDIM.
+        default; ``math.inf`` restores to time 0, which with a schedule that has no noise there is DDIM.
     callback : callable, optional
         Called as ``callback(i, x)`` after step ``i``.
 
@@ -115,6 +115,8 @@ def sample_restoration_degradation(
         raise checks.ArgumentTypeError(
             f"forward is a {type(forward).__name__}; allowed: a ForwardSDE or a Schedule. Pass ForwardSDE(drift, diffusion)."
         )
+    if isinstance(forward, Schedule):
+        check_inside(forward, times)
     if lookback is not None and lookback != math.inf:
         checks.positive("lookback", lookback)
     grid = times.detach().to("cpu", torch.float64)

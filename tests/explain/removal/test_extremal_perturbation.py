@@ -38,6 +38,14 @@ EXAMPLE = Example(
     refusals=(
         (lambda: short(network(), images()[0]), "x has shape"),
         (lambda: short(network(), images(), areas=()), "areas is empty"),
+        (
+            lambda: short(network(), images(), perturbation="noise"),
+            "perturbation is 'noise'; allowed: 'blur'",
+        ),
+        (
+            lambda: extremal_channels(Oracle(network()), nn.ReLU(), images(), 0),
+            "not in model, a Oracle",
+        ),
         (lambda: short(network(), images(), areas=(1.0,)), "areas is 1"),
         (lambda: short(network(), images(), variant="keep"), "variant is 'keep'"),
         (lambda: short(network(), images(), step=7), "step is 7"),

@@ -80,6 +80,7 @@ EXAMPLE = Example(
         (lambda: LowRankRecommender(rank=11).fit(A), "rank is 11"),
         (lambda: LowRankRecommender(rank=1).fit(A[0]), "A has shape"),
         (lambda: LowRankRecommender(rank=1).fit(0 * A), "A is zero"),
+        (lambda: LowRankRecommender(rank=2).distribution(0), "nothing is fitted"),
         (lambda: LowRankRecommender(rank=2).fit(A).distribution(12), "user is 12"),
         (lambda: LowRankRecommender(rank=2).fit(A).sample(0, 0), "n is 0"),
         (lambda: LowRankRecommender(rank=1).fit(torch.eye(3) * torch.tensor([3.0, 2, 1])).distribution(2), "user is 2, whose row"),
@@ -97,6 +98,7 @@ EXAMPLE = Example(
         (lambda: profile(epsilons=-GRID), "epsilons has a smallest value of -1"),
         (lambda: profile(entries=torch.tensor([[0, 10]])), "entries range from"),
         (lambda: profile(entries=torch.tensor([0, 1])), "entries has shape"),
+        (lambda: profile(entries=torch.zeros(1, 2)), "entries has dtype"),
     ),
 )  # fmt: skip
 
@@ -172,6 +174,15 @@ def test_recommendations_have_the_squares_of_the_row():
     assert LowRankRecommender(threshold=float(s[1]) * 0.99).fit(A).right_.shape == (10, 2)
 
 
+def test_a_seed_is_never_used_twice():
+    made = LowRankRecommender(rank=2, mode="quantum-inspired", n_rows=9, n_cols=9, generator=3).fit(A)
+    first, second = made.sample(0, 30), made.sample(0, 30)
+    assert not torch.equal(first, second)
+    # Nor do the numbers that drew the rows draw the products.
+    rows = Noise(3).uniform((30,))
+    assert not torch.equal(first, _lowrank.drawn(made.distribution(0), rows))
+
+
 def test_products_without_chance_are_never_drawn():
     p = torch.tensor([0.0, 0.5, 0.0, 0.5, 0.0], dtype=F64)
     drawn = _lowrank.drawn(p, np.array([0.0, 1e-300, 0.4999, 0.5, 0.75, np.nextafter(1, 0), 1.0]))
@@ -230,6 +241,20 @@ def test_neighbouring_space_without_a_gap_falls_back_to_the_decomposition():
     other[0, 0] = 0.2
     found, exact = _lowrank.subspace(other, start), torch.linalg.svd(other)[2][:2].T
     torch.testing.assert_close(found @ found.T, exact @ exact.T, atol=1e-9, rtol=0)
+
+
+def test_a_change_elsewhere_that_takes_over_a_leading_direction_is_seen():
+    # The iteration would stay in the old space, which the change leaves invariant but no longer leading.
+    a = torch.tensor([[1.0, 0.5, 0.0], [0.5, 1.0, 0.0], [0.0, 0.0, 0.4]], dtype=F64)
+    found = privacy_profile(a, 0, GRID[:1] * 0, rank=2, entries=torch.tensor([[2, 2]]))
+    assert float(found.delta) == pytest.approx(0.3)  # (0.8, 0.2) against (0.5, 0.5)
+
+
+def test_large_epsilons_do_not_overflow():
+    u, w = torch.tensor([0.8, 0.6]), torch.tensor([1.0, 0.0])
+    far = torch.tensor([50.0, 90.0, 1000.0])
+    torch.testing.assert_close(pure_state_delta(u, w, far), torch.full((3,), 0.36))
+    torch.testing.assert_close(hockey_stick(u**2, w**2, far), torch.full((3,), 0.36))
 
 
 def test_sampled_profile_bounds_the_exact_one_of_a_tiny_matrix():

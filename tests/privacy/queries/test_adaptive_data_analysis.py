@@ -18,7 +18,7 @@ from perturbkit.privacy import (
     max_adaptive_queries,
     zcdp_epsilon,
 )
-from perturbkit.privacy._noise import Noise
+from perturbkit.privacy._noise import Noise, rational_above
 from perturbkit.privacy.queries._sparse import RESOLUTION, AboveThreshold, Drawn, whole_values
 
 ROWS = np.random.default_rng(0).uniform(size=(40, 3))
@@ -74,6 +74,12 @@ EXAMPLE = Example(
         (lambda: oracle("laplace", epsilon=0.0), "epsilon is 0"),
         (lambda: oracle("thresholdout", epsilon=1.0), "train is not given"),
         (lambda: oracle("gaussian", rho=1.0, train=ROWS), "train is given"),
+        (lambda: oracle("naive", train=ROWS), "train is given"),
+        (lambda: oracle("thresholdout", epsilon=1.0, train=ROWS[:0]), "rows of train is 0"),
+        (lambda: oracle("pmw", rho=1.0, data=KINDS, universe=[]), "rows of universe is 0"),
+        (lambda: oracle("laplace", epsilon=1e-9), "Laplace noise of scale"),
+        (lambda: oracle(rho=1e-30), "Gaussian noise of deviation"),
+        (lambda: oracle("naive").answer(lambda rows: 0.5), "query answered shape"),
         (lambda: oracle("pmw", rho=1.0, data=KINDS), "universe is not given"),
         (lambda: oracle("pmw", rho=1.0, data=KINDS, universe=UNIVERSE[:2]), "data holds labels from 0 to 3"),
         (lambda: oracle("thresholdout", epsilon=1.0, train=ROWS, threshold=0.0), "threshold is 0"),
@@ -415,6 +421,12 @@ def test_freedman_s_analyst_is_held_off_by_noise():
     assert naive.true == private.true == 0.5
     assert 0 < naive.selected <= 500
     assert naive.worst >= naive.claimed - 0.5
+
+
+def test_noise_of_the_largest_scale_allowed_does_not_overflow():
+    drawn = Noise(0).discrete_laplace(rational_above(2.0**46), 20_000)
+    assert np.abs(drawn).mean() == pytest.approx(2.0**46, rel=0.03)
+    assert oracle("laplace", epsilon=1e300).rho == math.inf
 
 
 def test_nothing_is_answered_after_the_last_query():

@@ -155,7 +155,7 @@ def extremal_perturbation(
     checks.nonnegative("sigma", sigma)
     oracle = Oracle.wrap(model)
     before = oracle.cost
-    if perturbation == "blur":
+    if isinstance(perturbation, str) and checks.one_of("perturbation", perturbation, ("blur",)):
         pyramid = blur_pyramid(x, _LEVELS, checks.positive("max_blur", max_blur))
     else:
         fill = checks.between("perturbation", perturbation, -float("inf"), float("inf"))  # type: ignore[arg-type]
@@ -335,7 +335,7 @@ def extremal_channels(
     shares = _areas(areas)
     if not isinstance(model, nn.Module) or all(layer is not m for m in model.modules()):
         raise checks.ArgumentError(
-            f"layer is {type(layer).__name__}, not a part of model; allowed: one of its modules. Pass model.features[3]."
+            f"layer is {type(layer).__name__}, not in model, a {type(model).__name__}; allowed: a module of an nn.Module. Pass both."
         )
     seen: list[Tensor] = []
     watch = layer.register_forward_hook(lambda module, given, out: seen.append(out))

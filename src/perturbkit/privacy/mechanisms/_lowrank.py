@@ -74,14 +74,20 @@ def fkv(A: Tensor, rows: Tensor, cols: Tensor, rank: int) -> tuple[Tensor, Tenso
 
 def subspace(A: Tensor, start: Tensor) -> Tensor:
     """Return the leading right singular space, from that of a neighbour, by subspace iteration or else decomposition."""
-    basis = start
+    basis, k = start, start.shape[1]
     for _ in range(100):
         moved = torch.linalg.qr(A.mT @ (A @ basis))[0]
         change = (moved - basis @ (basis.mT @ moved)).norm()
         basis = moved
         if bool(change < 1e-13):
-            return basis
-    return torch.linalg.svd(A, full_matrices=False)[2][: start.shape[1]].mT
+            # A space that the iteration leaves alone need not be the leading one: the change may have made another larger.
+            held = torch.linalg.svdvals(A @ basis).square()
+            if bool(A.square().sum() - held.sum() < held[-1]):
+                return basis
+            if bool(held.sum() >= torch.linalg.svdvals(A)[:k].square().sum() * (1 - 1e-12)):
+                return basis
+            break
+    return torch.linalg.svd(A, full_matrices=False)[2][:k].mT
 
 
 def entries(source: Noise, A: Tensor, user: int, n: int) -> Tensor:
@@ -93,6 +99,10 @@ def entries(source: Noise, A: Tensor, user: int, n: int) -> Tensor:
 
 def checked_entries(entries: Tensor, A: Tensor) -> Tensor:
     checks.tensor("entries", entries, shape=(None, 2), floating=False)
+    if entries.is_floating_point():
+        raise checks.ArgumentTypeError(
+            f"entries has dtype {entries.dtype}; allowed: integers, user and product of each rating. Use entries.long()."
+        )
     low, high = entries.amin(0), entries.amax(0)
     if int(low.min()) < 0 or bool((high.cpu() >= torch.tensor(A.shape)).any()):
         raise checks.ArgumentError(

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from perturbkit.core import Result, checks
-from perturbkit.core.random import Seed
+from perturbkit.core.random import Seed, as_generator
 from perturbkit.privacy._noise import Noise
 from perturbkit.privacy.mechanisms import _lowrank
 
@@ -65,7 +65,7 @@ class RecommendationPrivacy(Result):
         "quantum-inspired": estimated, of the recommendation together with the sampled rows and columns, which bounds that of
         the recommendation alone.
     bound : Tensor, shape (c, e)
-        :func:`pure_state_delta` of the two states; at least ``delta`` in mode "quantum".
+        :func:`pure_state_delta` of the two states, at least ``delta``; NaN in mode "quantum-inspired".
     standard_error : Tensor, shape (c, e)
         Of an estimated ``delta``; else 0.
     entries : Tensor of int64, shape (c, 2)
@@ -140,7 +140,9 @@ class LowRankRecommender:
             )
         self.rank = None if rank is None else checks.integer("rank", rank, low=1)
         self.threshold = None if threshold is None else checks.positive("threshold", threshold)
-        self.n_rows, self.n_cols, self.generator = n_rows, n_cols, generator
+        self.n_rows, self.n_cols = n_rows, n_cols
+        # One source for all draws: a seed used anew would draw products with the numbers that drew the rows.
+        self.generator = None if generator is None else as_generator(generator)
 
     def fit(self, A: Tensor) -> Self:
         """Take the preferences, shape (users, products), and find the space."""
@@ -158,6 +160,10 @@ class LowRankRecommender:
 
     def distribution(self, user: int) -> Tensor:
         """Return the chance of each product for a user, shape (n,)."""
+        if not hasattr(self, "right_"):
+            raise checks.ArgumentError(
+                "nothing is fitted; allowed: recommendations after fit. Call fit first."
+            )
         checks.integer("user", user, low=0, high=len(self._A) - 1)
         return _lowrank.squared(_lowrank.projected(self._A[user], self.right_), user)
 
@@ -293,7 +299,9 @@ def hockey_stick(p: Tensor, q: Tensor, epsilons: Tensor) -> Tensor:
     >>> hockey_stick(torch.tensor([0.75, 0.25]), torch.tensor([0.5, 0.5]), torch.tensor([0.0]))
     tensor([0.2500])
     """
-    return (p[..., None, :] - epsilons.exp()[:, None] * q[..., None, :]).clamp_min(0).sum(-1)
+    # Infinity times no chance is none.
+    scaled = torch.where(q[..., None, :] > 0, epsilons.exp()[:, None] * q[..., None, :], 0)
+    return (p[..., None, :] - scaled).clamp_min(0).sum(-1)
 
 
 def pure_state_delta(u: Tensor, w: Tensor, epsilons: Tensor) -> Tensor:
@@ -335,13 +343,10 @@ def pure_state_delta(u: Tensor, w: Tensor, epsilons: Tensor) -> Tensor:
     u, w = u / u.norm(dim=-1, keepdim=True), w / w.norm(dim=-1, keepdim=True)
     # 1 - F of two unit vectors without cancellation: the squared sine of their angle.
     sine = (u - (u * w).sum(-1, keepdim=True) * w).square().sum(-1)[..., None]
-    rise = epsilons.expm1()
-    return (
-        2
-        * epsilons.exp()
-        * sine
-        / (rise + (rise**2 + 4 * epsilons.exp() * sine).sqrt()).clamp_min(torch.finfo(u.dtype).tiny)
-    )
+    # All divided by exp(epsilon), whose square overflows.
+    rise = -(-epsilons).expm1()
+    bottom = rise + (rise**2 + 4 * (-epsilons).exp() * sine).sqrt()
+    return 2 * sine / bottom.clamp_min(torch.finfo(u.dtype).tiny)
 
 
 def privacy_profile(
@@ -408,7 +413,8 @@ def privacy_profile(
     itself and the draws, so :math:`\delta(\epsilon) \leq E_{\omega \sim P} \sum_j \max(0, p(j | \omega) - e^\epsilon
     \tfrac{dQ}{dP}(\omega) q(j | \omega))`, of which the mean over draws is given.
 
-    Cost: one singular value decomposition, and a subspace iteration a neighbour; four small decompositions a draw.
+    Cost: one singular value decomposition, and a subspace iteration a neighbour, with its singular values where the rank is
+    not low; four small decompositions a draw.
 
     References
     ----------

@@ -19,6 +19,8 @@ THRESHOLD = 0.25
 # Share of a round of multiplicative weights for its comparisons; the rest is for the noisy answer.
 COMPARE = 0.9
 _BLOCK = 1024
+# Largest scale, in whole values, at which the sampler's products fit 64 bits.
+_LARGEST = 2.0**46
 
 
 class Drawn:
@@ -34,6 +36,11 @@ class Drawn:
         """Return discrete Laplace noise of at least that scale."""
         if scale == 0:
             return cls(None)
+        if scale > _LARGEST:
+            raise checks.ArgumentError(
+                f"the privacy loss asks for Laplace noise of scale {scale / RESOLUTION:.3g} in units of one row; allowed: up to "
+                f"{_LARGEST / RESOLUTION:.3g}, beyond which its integers overflow. Raise epsilon or rho, or ask fewer queries."
+            )
         fraction = rational_above(scale)
         return cls(lambda n: source.discrete_laplace(fraction, n))
 
@@ -42,6 +49,12 @@ class Drawn:
         """Return discrete Gaussian noise of at least that variance."""
         if variance == 0:
             return cls(None)
+        if variance > _LARGEST**2:
+            raise checks.ArgumentError(
+                f"the privacy loss asks for Gaussian noise of deviation {math.sqrt(variance) / RESOLUTION:.3g} in units of one "
+                f"row; allowed: up to {_LARGEST / RESOLUTION:.3g}, beyond which its integers overflow. Raise rho, or ask fewer "
+                "queries."
+            )
         fraction = gaussian_variance(variance)
         return cls(lambda n: source.discrete_gaussian(fraction, n))
 
@@ -137,7 +150,8 @@ class PrivateMultiplicativeWeights:
     sparse-vector comparison finds the sample's mean more than alpha away; then it is the mean with noise, and
     :math:`w_x \propto w_x e^{\mp \eta q(x)}`, down where the hypothesis was too high. By Hoeffding's lemma a correction with
     a true error g lowers the divergence of the data from the hypothesis by at least :math:`\eta g - \eta^2/8`; it starts at
-    most at log n_universe, which bounds the corrections, by :math:`4 \log(n\_universe) / \alpha^2` without noise.
+    most at log n_universe, which bounds the corrections, by :math:`4 \log(n\_universe) / \alpha^2` without noise at the default
+    rate.
 
     Privacy: each of the ``max_updates`` rounds is one run of above threshold, purely private, and one noisy sum, Laplace
     (epsilon) or Gaussian (rho); answers from the hypothesis cost nothing. Losses add up, also for rounds chosen after seeing
@@ -183,7 +197,7 @@ class PrivateMultiplicativeWeights:
         if rho is None:
             compare, release = (share * pure / max_updates for share in (COMPARE, 1 - COMPARE))
             self._noise = Drawn.laplace(source, RESOLUTION / release)
-            self.epsilon, self.rho = pure, max_updates * (compare**2 + release**2) / 2
+            self.epsilon, self.rho = pure, max_updates * (compare * compare + release * release) / 2
         else:
             compare = math.sqrt(2 * COMPARE * concentrated / max_updates)
             self._noise = Drawn.gaussian(
@@ -225,13 +239,18 @@ def whole_values(values: Any, n: int) -> np.ndarray:
 
     Clipped and not refused: an error that depends on a row would tell of it.
     """
+    return np.rint(unit_values(values, n) * RESOLUTION).astype(np.int64)
+
+
+def unit_values(values: Any, n: int) -> np.ndarray:
+    """Return a query's values, clipped to [0, 1], NaN as 0, or refuse another shape."""
     given = np.asarray(values, dtype=np.float64)
     if given.shape != (n,):
         raise checks.ArgumentError(
             f"the query answered shape {given.shape} to {n} rows; allowed: ({n},), one value in [0, 1] a row. Return one "
             "number a row."
         )
-    return np.rint(np.clip(np.nan_to_num(given, nan=0.0), 0, 1) * RESOLUTION).astype(np.int64)
+    return np.clip(np.nan_to_num(given, nan=0.0), 0, 1)
 
 
 def privacy(epsilon: float | None, rho: float | None) -> tuple[float, float]:

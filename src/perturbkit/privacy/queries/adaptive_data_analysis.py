@@ -24,6 +24,7 @@ from perturbkit.privacy.queries._sparse import (
     Drawn,
     PrivateMultiplicativeWeights,
     privacy,
+    unit_values,
     whole_values,
 )
 
@@ -146,6 +147,13 @@ class StatisticalQueryOracle:
             raise checks.ArgumentError(
                 f"data has {self.n} rows; allowed: at least {needed} for {n_queries} queries. Add rows or ask less."
             )
+        for name, value, wanted in (("train", train, "thresholdout"), ("universe", universe, "pmw")):
+            if (value is None) == (mechanism == wanted):
+                given = "not given" if value is None else "given"
+                raise checks.ArgumentError(
+                    f"{name} is {given} for {mechanism!r}; allowed: with {wanted!r}, and only there. Add it or leave it out."
+                )
+            checks.integer(f"the number of rows of {name}", len(np.atleast_1d(value)), low=1)
         self.epsilon = self.rho = math.inf
         if mechanism in ("naive", "split"):
             if epsilon is not None or rho is not None:
@@ -158,12 +166,6 @@ class StatisticalQueryOracle:
         checks.between("threshold", threshold, 0, 1, inclusive="neither")
         checks.integer("max_updates", max_updates, low=1)
         source = Noise(generator)
-        for name, value, wanted in (("train", train, "thresholdout"), ("universe", universe, "pmw")):
-            if (value is None) == (mechanism == wanted):
-                given = "not given" if value is None else "given"
-                raise checks.ArgumentError(
-                    f"{name} is {given} for {mechanism!r}; allowed: with {wanted!r}, and only there. Add it or leave it out."
-                )
         if mechanism == "gaussian":
             if rho is None:
                 raise checks.ArgumentError(
@@ -174,21 +176,21 @@ class StatisticalQueryOracle:
         elif mechanism == "laplace":
             each = pure / n_queries if rho is None else math.sqrt(2 * concentrated / n_queries)
             self._noise = Drawn.laplace(source, RESOLUTION / each)
-            self.epsilon, self.rho = n_queries * each, n_queries * each**2 / 2
+            self.epsilon, self.rho = n_queries * each, n_queries * each * each / 2
         elif mechanism == "pmw":
-            self._universe = np.asarray(universe)
+            self._universe = np.atleast_1d(universe)
             self._inner = PrivateMultiplicativeWeights(
                 len(self._universe), data, alpha=threshold, max_updates=max_updates, epsilon=epsilon, rho=rho,
                 generator=generator,
             )  # fmt: skip
             self.epsilon, self.rho = self._inner.epsilon, self._inner.rho
         else:
-            self._train, self.max_updates, self.updates = np.asarray(train), max_updates, 0
+            self._train, self.max_updates, self.updates = np.atleast_1d(train), max_updates, 0
             each = pure / (2 * max_updates) if rho is None else math.sqrt(concentrated / max_updates)
             self._noise = Drawn.laplace(source, RESOLUTION / each)
             level = math.ceil(threshold * self.n * RESOLUTION)
             self._test = AboveThreshold(source, level, RESOLUTION, each)
-            self.epsilon, self.rho = 2 * max_updates * each, max_updates * each**2
+            self.epsilon, self.rho = 2 * max_updates * each, max_updates * each * each
 
     @property
     def remaining(self) -> int:
@@ -219,7 +221,7 @@ class StatisticalQueryOracle:
             size = self.n // self.n_queries if self.mechanism == "split" else self.n
             start = self.n_answered * size if self.mechanism == "split" else 0
             rows = self._data[start : start + size]
-            return float(np.clip(np.asarray(query(rows), dtype=np.float64), 0, 1).mean())
+            return float(unit_values(query(rows), size).mean())
         exact, total = int(whole_values(query(self._data), self.n).sum()), self.n * RESOLUTION
         if self.mechanism != "thresholdout":
             return (exact + self._noise.next()) / total
@@ -335,8 +337,8 @@ def max_adaptive_queries(
 
     Notes
     -----
-    "naive": :math:`\pi^2 n \tau^2`, where :func:`freedman_attack` reaches tau. "split": :math:`4 n \tau^2`, one standard
-    error. The others balance the bias of :func:`generalization_bound` with one deviation of the noise: "laplace" (basic
+    "naive": :math:`\pi^2 n \tau^2`, where :func:`freedman_attack` with cutoff 0 reaches a small tau. "split":
+    :math:`4 n \tau^2`, one standard error. The others balance the bias of :func:`generalization_bound` with one deviation of the noise: "laplace" (basic
     composition) :math:`n \tau^2 / 2\sqrt 2`, no better than splitting; "gaussian" :math:`n^2 \tau^4 / 4`. "pmw" spends a third
     of tau each on bias, on the threshold and on the largest noise of all comparisons, which makes the logarithm of the
     number of order :math:`n \tau^3 / \sqrt{\log |X|}`.
@@ -386,8 +388,9 @@ def freedman_attack(oracle: Any, n_features: int, *, cutoff: float | None = None
     Notes
     -----
     Query j asks how often feature j agrees with the label; the last one how often the majority of the chosen features, each
-    with the sign of its answer, does; a tie counts one half. On the population all are 0.5. With exact means of n rows the
-    last answer is about :math:`\Phi(\sqrt{2 m / \pi n})` for m features, :math:`0.5 + \sqrt{m/n} / \pi` if m is small.
+    with the sign of its answer, does; a tie counts one half. On the population all are 0.5. With exact means of n rows and
+    ``cutoff`` 0 the last answer is about :math:`\Phi(\sqrt{2 m / \pi n})` for m features, :math:`0.5 + \sqrt{m/n} / \pi`
+    if m is small; the default cutoff raises it, to :math:`\Phi(0.90 \sqrt{m/n})`.
 
     References
     ----------

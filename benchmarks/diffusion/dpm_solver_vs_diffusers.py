@@ -11,12 +11,19 @@ from benchmarks._timing import Row, compare, table
 
 from perturbkit.core import Denoiser, DiscreteSchedule
 from perturbkit.core.random import randn
-from perturbkit.diffusion import sample_ddim, sample_dpm_solver, sample_pndm
+from perturbkit.diffusion import (
+    sample_bdia,
+    sample_ddim,
+    sample_deis,
+    sample_dpm_solver,
+    sample_gradient_estimation,
+    sample_pndm,
+)
 
 CALLS = 200
 
 
-def main(rounds: int = 9) -> list[Row]:
+def main(rounds: int = 5) -> list[Row]:
     """Print the table and return its rows."""
     import diffusers
 
@@ -33,6 +40,14 @@ def main(rounds: int = 9) -> list[Row]:
             "DPM-Solver, order 2": (
                 diffusers.DPMSolverSinglestepScheduler, {"algorithm_type": "dpmsolver", "solver_order": 2, "final_sigmas_type": "sigma_min"},
                 lambda d=denoiser, x=x, t=times: sample_dpm_solver(d, x, t[::2], order=2).x, 2,
+            ),
+            "gradient estimation": (
+                diffusers.DDIMScheduler, {}, lambda d=denoiser, x=x, t=times: sample_gradient_estimation(d, x, t).x, 2,
+            ),
+            "BDIA": (diffusers.DDIMScheduler, {}, lambda d=denoiser, x=x, t=times: sample_bdia(d, x, t, gamma=0.5).x, 3),
+            "DEIS, order 3": (
+                diffusers.DEISMultistepScheduler, {"solver_order": 3},
+                lambda d=denoiser, x=x, t=times + 0.5: sample_deis(d, x, t).x, 4,
             ),
             "PNDM": (
                 diffusers.PNDMScheduler, {"skip_prk_steps": True},

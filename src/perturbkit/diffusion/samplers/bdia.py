@@ -15,7 +15,7 @@ from torch import Tensor
 
 from perturbkit.core import Cost, Denoiser, SampleResult, checks
 from perturbkit.core.random import Seed
-from perturbkit.diffusion.samplers._parts import Path, Point, check_start, transfer
+from perturbkit.diffusion.samplers._parts import Path, Point, check_start, transfer, weighted
 
 __all__ = ["BDIAResult", "invert_bdia", "sample_bdia"]
 
@@ -103,6 +103,14 @@ def sample_bdia(
     for i in range(path.n_steps):
         here = path.points[i]
         eps = denoiser.eps(x, here.time)
+        if base == "ddim" and i > 0:
+            # The same as below, gathered into one weight a term: DDIM's increments are linear.
+            (grow, add), (shrink, remove) = (_weights(here, path.points[j]) for j in (i + 1, i - 1))
+            own = (1 - gamma) + (grow - 1) - gamma * (shrink - 1)
+            before, x = x, weighted((gamma, before), (own, x), (add - gamma * remove, eps))
+            if callback is not None:
+                callback(i, x)
+            continue
         step = _increment(denoiser, x, eps, here, path.points[i + 1], base)
         if i == 0 or gamma == 0:
             after = x + step
@@ -177,6 +185,11 @@ def invert_bdia(
         before = (after - (1 - gamma) * here + gamma * back - step) / gamma
         after, here = here, before
     return path.result(here, denoiser.nfev - calls)
+
+
+def _weights(s: Point, t: Point) -> tuple[float, float]:
+    """Return the weights of the state and of the noise in a DDIM step."""
+    return t.alpha / s.alpha, t.alpha * (t.lam - s.lam)
 
 
 def _increment(denoiser: Denoiser, x: Tensor, eps: Tensor, s: Point, t: Point, base: str) -> Tensor:

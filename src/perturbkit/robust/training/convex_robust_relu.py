@@ -260,7 +260,8 @@ class ConvexReLUClassifier(ClassifierMixin, _ConvexReLU):
 
     def predict(self, X: Any) -> np.ndarray:
         """Return the classes."""
-        return self.classes_[(self._answers(X) > 0).astype(int)]
+        answers = self._answers(X)
+        return self.classes_[(answers > 0).astype(int)]
 
 
 class ConvexReLURegressor(RegressorMixin, _ConvexReLU):

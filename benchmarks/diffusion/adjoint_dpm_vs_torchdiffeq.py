@@ -7,7 +7,7 @@ from benchmarks._timing import Row, compare, table
 from torch import nn
 
 from perturbkit.core import Denoiser, EDMSchedule
-from perturbkit.core.random import randn
+from perturbkit.core.random import randn, seeded_init
 from perturbkit.diffusion import adjoint_sample
 
 STEPS = 20
@@ -43,8 +43,7 @@ def main(rounds: int = 11) -> list[Row]:
     schedule = EDMSchedule(20.0)
     times = schedule.times(STEPS, t_end=0.05, spacing="karras")
     for dim, width, batch in ((64, 256, 64), (256, 1024, 64)):
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(0)
+        with seeded_init(0):
             net = _Net(dim, width)
         x = 20 * randn((batch, dim), generator=torch.Generator().manual_seed(1))
         denoiser, field = Denoiser(net, schedule), _Field(net)

@@ -12,6 +12,7 @@ from benchmarks._timing import Row, compare, table
 from torch import Tensor, nn
 
 from perturbkit.core import Oracle
+from perturbkit.core.random import seeded_init
 from perturbkit.explain import GenerativeRemoval
 
 WINDOW, SAMPLES = 32, 49
@@ -49,8 +50,7 @@ def main(rounds: int = 3) -> list[Row]:
             )  # fmt: skip
 
     def captum_lime() -> Tensor:
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(0)
+        with seeded_init(0):
             return Lime(model, interpretable_model=SkLearnRidge(alpha=1.0)).attribute(
                 x, target=label, feature_mask=parts[None, None], n_samples=SAMPLES, baselines=0.0, perturbations_per_eval=chunk
             )  # fmt: skip

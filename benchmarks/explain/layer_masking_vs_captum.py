@@ -12,6 +12,7 @@ from benchmarks._timing import Row, compare, table
 from torch import nn
 
 from perturbkit.core import Oracle
+from perturbkit.core.random import seeded_init
 from perturbkit.explain import LayerMasked, layer_masking
 
 SIDE, SAMPLES = 32, 40
@@ -37,8 +38,7 @@ def main(rounds: int = 3) -> list[Row]:
         return layer_masking(Oracle(model), x, label, segments=parts, n_samples=SAMPLES, generator=0).values
 
     def captum(at_once: int) -> torch.Tensor:
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(0)
+        with seeded_init(0):
             return peer.attribute(
                 x, target=label, feature_mask=parts[None, None], n_samples=SAMPLES, baselines=0.0, perturbations_per_eval=at_once
             )  # fmt: skip

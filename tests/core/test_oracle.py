@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from perturbkit.core import Cost, Oracle, checks, parse_memory, unwrap_output
+from perturbkit.core import Cost, Oracle, checks, parse_memory, target_rows, unwrap_output
 
 
 def draw(seed: int, *shape: int) -> Tensor:
@@ -328,3 +328,13 @@ def test_refusals(call, match: str) -> None:
 def test_a_model_that_writes_into_its_input_is_refused():
     with pytest.raises(checks.ModelError, match="writes into its input"):
         Oracle(lambda x: x.mul_(2))(torch.ones(3, 2))
+
+
+def test_targets_are_one_index_a_row() -> None:
+    x = torch.zeros(3, 2)
+    assert target_rows(None, x) is None
+    assert torch.equal(target_rows(2, x), torch.tensor([2, 2, 2]))
+    assert torch.equal(target_rows(torch.tensor([0, 1, 4]), x), torch.tensor([0, 1, 4]))
+    for wrong in (torch.tensor([0, 1]), torch.tensor([0.5, 1.0, 2.0]), -1):
+        with pytest.raises(checks.PerturbkitError, match="target|labels"):
+            target_rows(wrong, x)

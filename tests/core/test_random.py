@@ -78,3 +78,17 @@ def test_no_global_state_is_touched() -> None:
     assert torch.equal(before[0], torch.random.get_rng_state())
     assert (before[1] == np.random.get_state()[1]).all()
     assert before[2] == python_random.getstate()
+
+
+def test_first_weights_follow_a_seed_and_leave_the_global_generator_alone() -> None:
+    before = torch.get_rng_state()
+    drawn = []
+    for seed in (5, 5, 6, 2**63 - 1):
+        with random.seeded_init(seed):
+            drawn.append(torch.nn.Linear(3, 2).weight.detach())
+    assert torch.equal(drawn[0], drawn[1])
+    assert not torch.equal(drawn[0], drawn[2])
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(5)
+        assert torch.equal(drawn[0], torch.nn.Linear(3, 2).weight)
+    assert torch.equal(torch.get_rng_state(), before)

@@ -27,6 +27,7 @@ from .noise import convert_prediction as convert_prediction
 from .noise import ddim_step as ddim_step
 from .oracle import Oracle as Oracle
 from .oracle import parse_memory as parse_memory
+from .oracle import target_rows as target_rows
 from .oracle import unwrap_output as unwrap_output
 from .parameters import Restorer as Restorer
 from .parameters import assign as assign

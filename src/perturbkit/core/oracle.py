@@ -10,7 +10,7 @@ import logging
 import weakref
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, overload
 
 import torch
 from torch import Tensor, nn
@@ -20,7 +20,7 @@ from torch.utils._pytree import tree_leaves
 from perturbkit.core import checks
 from perturbkit.core.results import Cost
 
-__all__ = ["Oracle", "parse_memory", "unwrap_output"]
+__all__ = ["Oracle", "parse_memory", "target_rows", "unwrap_output"]
 
 _log = logging.getLogger("perturbkit")
 
@@ -128,7 +128,7 @@ class Oracle:
 
     def value(self, x: Tensor, target: Tensor | int | None = None, *rows: Tensor) -> Tensor:
         """Return one output a row, shape (n,): that of ``target``, or the only one."""
-        return _select(self(x, *rows), _target_rows(target, x))
+        return _select(self(x, *rows), target_rows(target, x))
 
     def value_and_gradient(
         self,
@@ -156,7 +156,7 @@ class Oracle:
         value : Tensor, shape (n,)
         gradient : Tensor, shape of ``x``
         """
-        chosen = _target_rows(target, x)
+        chosen = target_rows(target, x)
         extra = () if chosen is None else (chosen,)
 
         def run(part: Tensor, *others: Tensor) -> tuple[Tensor, Tensor]:
@@ -424,7 +424,30 @@ def _out_of_memory(error: BaseException) -> bool:
     return "not enough memory" in text or "out of memory" in text or "can't allocate memory" in text
 
 
-def _target_rows(target: Tensor | int | None, x: Tensor) -> Tensor | None:
+@overload
+def target_rows(target: Tensor | int, x: Tensor) -> Tensor: ...
+@overload
+def target_rows(target: Tensor | int | None, x: Tensor) -> Tensor | None: ...
+def target_rows(target: Tensor | int | None, x: Tensor) -> Tensor | None:
+    """Return the target of every row as int64, or ``None`` where none is given.
+
+    Parameters
+    ----------
+    target : Tensor of shape (n,) or (), int or None
+        An index a row, or one for all.
+    x : Tensor, shape (n, ...)
+        The rows.
+
+    Raises
+    ------
+    ArgumentError, ArgumentTypeError
+        If there is another number of targets than of rows, or they are no indices.
+
+    Examples
+    --------
+    >>> target_rows(3, torch.zeros(2, 5))
+    tensor([3, 3])
+    """
     if target is None:
         return None
     rows = torch.as_tensor(target, device=x.device)

@@ -8,7 +8,8 @@ model on any device.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
@@ -25,6 +26,7 @@ __all__ = [
     "randint",
     "randn",
     "randperm",
+    "seeded_init",
     "seeds",
     "uniform",
 ]
@@ -81,6 +83,26 @@ def numpy_generator(generator: Seed | np.random.Generator = None) -> np.random.G
     if isinstance(generator, np.random.Generator):
         return generator
     return np.random.default_rng(seeds(as_generator(generator), 1)[0])
+
+
+@contextmanager
+def seeded_init(seed: int) -> Iterator[None]:
+    """Let the modules built inside draw their first weights, which PyTorch takes from its global generator, from a seed.
+
+    The global generator is as it was afterwards, and those of other devices are not touched.
+
+    Examples
+    --------
+    >>> with seeded_init(3):
+    ...     first = torch.nn.Linear(2, 1).weight
+    >>> with seeded_init(3):
+    ...     second = torch.nn.Linear(2, 1).weight
+    >>> bool(torch.equal(first, second))
+    True
+    """
+    with torch.random.fork_rng(devices=[]):
+        torch.default_generator.manual_seed(seed)
+        yield
 
 
 def seeds(generator: torch.Generator, n: int) -> list[int]:

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from perturbkit.core import Attribution, Oracle, checks, track, unwrap_output
+from perturbkit.core import Attribution, Oracle, checks, target_rows, track, unwrap_output
 from perturbkit.core.progress import ProgressLike
 from perturbkit.explain.attention._parts import Edit, is_attention, suppressed
 
@@ -263,7 +263,7 @@ def _module(fun: Any) -> nn.Module:
 def _targets(target: Tensor | int, x: Tensor) -> Tensor:
     rows = torch.as_tensor(target, device=x.device)
     if rows.ndim < 2:
-        return checks.labels("target", rows.expand(len(x)) if rows.ndim == 0 else rows, n=len(x))
+        return target_rows(rows, x)
     checks.tensor("target", rows, shape=x.shape[:2], floating=False)
     if not bool((rows != _IGNORED).any(1).all()):
         raise checks.ArgumentError(

@@ -16,7 +16,7 @@ import torch
 from scipy.special import betainc, betaincinv
 from torch import Tensor
 
-from perturbkit.core import Attribution, Ball, Certificate, Cost, checks, track
+from perturbkit.core import Attribution, Ball, Certificate, Cost, checks, target_rows, track
 from perturbkit.core.progress import ProgressLike
 from perturbkit.core.random import Seed, as_generator
 
@@ -138,7 +138,7 @@ class UniformSmoothedAttribution:
         """
         checks.tensor("x", x)
         n, source, ball = len(x), as_generator(generator), Ball("l2", self.radius)
-        rows = None if target is None else torch.as_tensor(target, device=x.device).expand(n)
+        rows = target_rows(target, x)
         total, cost = torch.zeros_like(x), Cost()
         size = max(1, _BLOCK // x.numel())
         blocks = [min(size, self.n_samples - start) for start in range(0, self.n_samples, size)]

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 from torch.nn.utils.fusion import fuse_conv_bn_eval, fuse_linear_bn_eval
 
-from perturbkit.core import Attribution, Cost, Oracle, checks, track
+from perturbkit.core import Attribution, Cost, Oracle, checks, target_rows, track
 from perturbkit.core.progress import ProgressLike
 
 __all__ = ["deep_taylor", "relprop_box", "relprop_w2", "relprop_zplus"]
@@ -104,7 +104,7 @@ def deep_taylor(
         raise checks.ArgumentTypeError(
             f"model is a {type(model).__name__}; allowed: an nn.Sequential. Write the network as a sequence of layers."
         )
-    rows = checks.labels("target", torch.as_tensor(target).expand(len(x)), n=len(x)).to(x.device)
+    rows = target_rows(target, x)
     oracle, values, sums, place = Oracle(model), [], [], 0
     with oracle.frozen():
         layers = _layers(model)

@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from perturbkit.core import Attribution, Oracle, Result, checks, track
+from perturbkit.core import Attribution, Oracle, Result, checks, target_rows, track
 from perturbkit.core.progress import ProgressLike
 from perturbkit.core.random import Seed, as_generator, randn
 
@@ -132,7 +132,11 @@ def integrated_gradients(
     with oracle.frozen():
         values, gap = _integrate(oracle, x, target, baselines, nodes, weights, progress)
     return Attribution(
-        values, _rows(target, x), oracle.cost - before, "integrated gradients", {"completeness_gap": gap}
+        values,
+        target_rows(target, x),
+        oracle.cost - before,
+        "integrated gradients",
+        {"completeness_gap": gap},
     )
 
 
@@ -186,7 +190,7 @@ def adaptive_integrated_gradients(
     checks.positive("tol", tol)
     checks.integer("max_steps", max_steps, low=8)
     checks.one_of("rule", rule, _RULES)
-    before, rows = oracle.cost, _rows(target, x)
+    before, rows = oracle.cost, target_rows(target, x)
     values, gap = torch.zeros_like(x), x.new_full((len(x),), torch.inf)
     used = torch.zeros(len(x), dtype=torch.int64, device=x.device)
     open_, n = torch.arange(len(x), device=x.device), 8
@@ -339,7 +343,7 @@ def _integrate(
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """Return the scores and the completeness gap of every row."""
     k, n, m = len(baselines), len(x), len(nodes)
-    rows = _rows(target, x)
+    rows = target_rows(target, x)
     mean_gradient = torch.zeros_like(x)
     values = torch.zeros_like(x)
     start_value = torch.zeros(n, dtype=x.dtype, device=x.device)
@@ -362,13 +366,6 @@ def _integrate(
         start_value += oracle.value(b, target) / k
     gap = values.flatten(1).sum(1) - (end_value - start_value)
     return values, gap
-
-
-def _rows(target: Tensor | int | None, x: Tensor) -> Tensor | None:
-    if target is None:
-        return None
-    rows = torch.as_tensor(target, device=x.device)
-    return rows.expand(len(x)) if rows.ndim == 0 else rows
 
 
 def _output(f: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:

@@ -7,7 +7,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
-from perturbkit.core import Attribution, Oracle, checks
+from perturbkit.core import Attribution, Oracle, checks, target_rows
 from perturbkit.explain.removal._parts import expanded_baseline
 
 Model = Oracle | nn.Module | Callable[[Tensor], Tensor]
@@ -26,10 +26,8 @@ def blocks(x: Tensor, n: int) -> list[int]:
 
 def repeated(target: Tensor | int | None, x: Tensor, times: int = 1) -> Tensor | None:
     """Return the target of every row of ``times`` copies of ``x``."""
-    if target is None:
-        return None
-    rows = torch.as_tensor(target, device=x.device)
-    return (rows.expand(len(x)) if rows.ndim == 0 else rows).repeat(times)
+    rows = target_rows(target, x)
+    return None if rows is None else rows.repeat(times)
 
 
 def as_scores(explanation: Attribution | Tensor, x: Tensor) -> Tensor:

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from perturbkit.core import Attribution, Cost, Oracle, Result, checks, track
+from perturbkit.core import Attribution, Cost, Oracle, Result, checks, target_rows, track
 from perturbkit.core.progress import ProgressLike
 from perturbkit.explain.removal._extremal import between_levels, blur_pyramid, smoothed, window_of
 from perturbkit.explain.removal._parts import gaussian_blur
@@ -161,7 +161,7 @@ def extremal_perturbation(
         fill = checks.between("perturbation", perturbation, -float("inf"), float("inf"))  # type: ignore[arg-type]
         pyramid = torch.stack((x, torch.full_like(x, fill)), 1)
     k, n, schedule = len(shares), len(x), _Schedule(max_iter, lr, weight, growth)
-    rows = None if target is None else torch.as_tensor(target, device=x.device).expand(n)
+    rows = target_rows(target, x)
     signs = {"preserve": (-1.0,), "delete": (1.0,), "dual": (-1.0, 1.0)}[variant]
     grid = x.new_ones(1, 1, -(-height // step), -(-width // step))
     window = window_of(grid, step, sigma)
@@ -355,10 +355,7 @@ def extremal_channels(
         finally:
             hook.remove()
 
-    oracle, rows = (
-        Oracle(kept),
-        None if target is None else torch.as_tensor(target, device=x.device).expand(n),
-    )
+    oracle, rows = Oracle(kept), target_rows(target, x)
     many, images = None if rows is None else rows.repeat(k), x.repeat(k, *[1] * (x.ndim - 1))
 
     def pull(mask: Tensor) -> tuple[Tensor, Tensor]:

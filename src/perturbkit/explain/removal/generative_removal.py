@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from perturbkit.core import Attribution, Oracle, checks, track
+from perturbkit.core import Attribution, Oracle, checks, target_rows, track
 from perturbkit.core.progress import ProgressLike
 from perturbkit.core.random import Seed, as_generator, uniform
 from perturbkit.explain.removal._inpainters import ConvInpainter, GaussianInpainter
@@ -154,7 +154,7 @@ class GenerativeRemoval:
         """
         checks.image_batch("x", x)
         oracle, source = Oracle.wrap(model), as_generator(generator)
-        rows = None if target is None else torch.as_tensor(target, device=x.device).expand(len(x))
+        rows = target_rows(target, x)
         before = oracle.cost
         run = {"occlusion": self._occlusion, "lime": self._lime, "meaningful": self._meaningful}[self.method]
         with oracle.frozen():

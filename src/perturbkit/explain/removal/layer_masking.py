@@ -14,7 +14,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from perturbkit.core import Attribution, Cost, Oracle, Result, checks, track
+from perturbkit.core import Attribution, Cost, Oracle, Result, checks, target_rows, track
 from perturbkit.core.oracle import unwrap_output
 from perturbkit.core.progress import ProgressLike
 from perturbkit.core.random import Seed, as_generator
@@ -186,7 +186,7 @@ def layer_masking(
     checks.positive("kernel_width", kernel_width)
     checks.nonnegative("ridge", ridge)
     oracle, source, n = _oracle(model), as_generator(generator), len(x)
-    rows = None if target is None else torch.as_tensor(target, device=x.device).expand(n)
+    rows = target_rows(target, x)
     numbers, values = segment_numbers(segments, x), torch.empty_like(x)
     coefficients, scores = [], []
     with oracle.frozen():

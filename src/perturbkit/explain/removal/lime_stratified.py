@@ -13,7 +13,7 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from perturbkit.core import Attribution, Oracle, checks, track
+from perturbkit.core import Attribution, Oracle, checks, target_rows, track
 from perturbkit.core.progress import ProgressLike
 from perturbkit.core.random import Seed, as_generator, uniform
 from perturbkit.explain.removal._parts import segment_means, segment_numbers
@@ -109,7 +109,7 @@ def lime_stratified(
     checks.nonnegative("ridge", ridge)
     fill = None if hide == "mean" else checks.between("hide", hide, -math.inf, math.inf)  # type: ignore[arg-type]
     oracle, source, n = Oracle.wrap(model), as_generator(generator), len(x)
-    rows = None if target is None else torch.as_tensor(target, device=x.device).expand(n)
+    rows = target_rows(target, x)
     numbers, before = segment_numbers(segments, x), oracle.cost
     values, coefficients, intercepts, scores, effective, spread = torch.empty_like(x), [], [], [], [], []
     with oracle.frozen():

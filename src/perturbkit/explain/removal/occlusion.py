@@ -11,7 +11,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
-from perturbkit.core import Attribution, Oracle, checks, track
+from perturbkit.core import Attribution, Oracle, checks, target_rows, track
 from perturbkit.core.progress import ProgressLike
 from perturbkit.explain.removal._parts import covered_windows, expanded_baseline, window_masks
 
@@ -81,7 +81,7 @@ def occlusion(
     cover = expanded_baseline(baseline, x)
     before = oracle.cost
     n, m = len(x), len(masks)
-    rows = None if target is None else torch.as_tensor(target, device=x.device).expand(n)
+    rows = target_rows(target, x)
     with oracle.frozen():
         whole = oracle.value(x, rows)
         falls = whole.new_empty(n * m)

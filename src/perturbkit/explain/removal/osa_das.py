@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from perturbkit.core import Attribution, Oracle, checks, track
+from perturbkit.core import Attribution, Oracle, checks, target_rows, track
 from perturbkit.core.progress import ProgressLike
 from perturbkit.core.random import Seed, as_generator, randn, uniform
 from perturbkit.explain.removal._parts import covered_windows, expanded_baseline, window_masks
@@ -275,7 +275,8 @@ def minimal_size(
     scores = explanation.values if isinstance(explanation, Attribution) else explanation
     checks.same_shape("explanation", scores, "x", x)
     oracle, cover = Oracle.wrap(model), expanded_baseline(baseline, x)
-    label = oracle(x).argmax(1) if target is None else torch.as_tensor(target, device=x.device).expand(len(x))
+    given = target_rows(target, x)
+    label = oracle(x).argmax(1) if given is None else given
     order = scores.sum(1, keepdim=True)
     place = order.flatten(1).argsort(dim=1, descending=True, stable=True).argsort(1).reshape(order.shape)
     smallest = torch.ones(len(x), dtype=x.dtype, device=x.device)

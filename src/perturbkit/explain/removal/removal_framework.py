@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from perturbkit.core import Attribution, Cost, Oracle, checks, track
+from perturbkit.core import Attribution, Cost, Oracle, checks, target_rows, track
 from perturbkit.core.progress import ProgressLike
 from perturbkit.core.random import Seed, as_generator
 from perturbkit.explain.removal._behaviours import (
@@ -165,8 +165,7 @@ class RemovalExplainer:
                     "Import it from perturbkit.explain."
                 )
         behaviour, source = self.behaviour, as_generator(generator)
-        rows = None if target is None else checks.labels("target", torch.as_tensor(target).expand(len(x)))
-        rows = None if rows is None else rows.to(x.device)
+        rows = target_rows(target, x)
         if behaviour.labelled and (y is None or y.shape != x.shape[:1]):
             raise checks.ArgumentError(
                 f"y is {None if y is None else tuple(y.shape)} under a loss against labels; allowed: one label a row, shape "

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from perturbkit.core import Denoiser, Schedule
-from perturbkit.core.random import randint, randn, seeds, uniform
+from perturbkit.core.random import randint, randn, seeded_init, seeds, uniform
 
 
 class TimeMLP(nn.Module):
@@ -41,8 +41,7 @@ def train_denoiser(
     """Train a denoiser on flat points, the noise levels log-uniform, and return it in float64."""
     g = torch.Generator().manual_seed(seed)
     data_std = float(points.std())
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seeds(g, 1)[0])
+    with seeded_init(seeds(g, 1)[0]):
         network = TimeMLP(points.shape[1], schedule, data_std)
     optimizer = torch.optim.Adam(network.parameters(), lr=2e-3)
     decay = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)

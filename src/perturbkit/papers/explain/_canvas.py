@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from perturbkit.core.random import as_generator, randint, seeds, uniform
+from perturbkit.core.random import as_generator, randint, seeded_init, seeds, uniform
 
 
 @dataclass(frozen=True)
@@ -64,8 +64,7 @@ def canvas_classifier(
 ) -> nn.Sequential:
     """Train a small convolutional classifier of canvases; ``pooled`` ends in a global average instead of a flat layer."""
     g = as_generator(seed)
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seeds(g, 1)[0])
+    with seeded_init(seeds(g, 1)[0]):
         body = [
             nn.Conv2d(1, 24, 5, stride=2, padding=2), nn.ReLU(), nn.Conv2d(24, 32, 3, padding=1), nn.ReLU(),
             nn.Conv2d(32, 32, 3, padding=1), nn.ReLU(),

@@ -14,7 +14,7 @@ from torch.nn import functional
 
 from perturbkit.core import Oracle
 from perturbkit.core.oracle import _LivingBytes
-from perturbkit.core.random import as_generator, randint, uniform
+from perturbkit.core.random import as_generator, randint, seeded_init, uniform
 from perturbkit.explain import atman, attention_hooks
 from perturbkit.papers import Comparison, Evidence, Run, paper
 
@@ -109,8 +109,7 @@ class _Decoder(nn.Module):
     """Two layers over tokens 0..11 (keys) and 12..23 (values)."""
 
     def __init__(self, seed: int) -> None:
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(seed)
+        with seeded_init(seed):
             super().__init__()
             self.tokens = nn.Embedding(2 * _KEYS, _WIDTH)
             self.positions = nn.Embedding(4 * _FACTS, _WIDTH)

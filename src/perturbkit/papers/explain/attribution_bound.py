@@ -16,7 +16,7 @@ from scipy.stats import spearmanr
 from torch import Tensor, nn
 
 from perturbkit.core import Sphere
-from perturbkit.core.random import as_generator, randint, randn
+from perturbkit.core.random import as_generator, randint, randn, seeded_init
 from perturbkit.explain import attack_attribution, attribution_deviation_bound, gradient_attribution
 from perturbkit.papers import Comparison, Evidence, Run, paper
 
@@ -107,8 +107,7 @@ def _data() -> dict[str, tuple[Tensor, Tensor, Tensor]]:
 
 def _network(x: Tensor, y: Tensor, penalty: float, run: Run) -> nn.Module:
     """Train a network, with a penalty on the change of its loss's gradient along random directions."""
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(run.seeds(1)[0])
+    with seeded_init(run.seeds(1)[0]):
         net = nn.Sequential(nn.Linear(x.shape[1], 32), nn.Softplus(beta=5), nn.Linear(32, int(y.max()) + 1))
     g, optimiser = as_generator(run.generator("batches")), torch.optim.Adam(net.parameters(), 5e-3)
     for _ in range(400):

@@ -12,7 +12,7 @@ from matplotlib.figure import Figure
 from torch import Tensor, nn
 
 from perturbkit.core import Oracle
-from perturbkit.core.random import as_generator, randint, randn, uniform
+from perturbkit.core.random import as_generator, randint, randn, seeded_init, uniform
 from perturbkit.explain import RemovalCurve, deep_taylor, deletion_curve
 from perturbkit.papers import Comparison, Evidence, Run, paper
 
@@ -87,8 +87,7 @@ def reproduce(run: Run) -> Evidence:
 
 def _network(x: Tensor, y: Tensor, run: Run) -> nn.Sequential:
     """Train with every bias held at or below zero."""
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(run.seeds(1)[0])
+    with seeded_init(run.seeds(1)[0]):
         net = nn.Sequential(
             nn.Conv2d(1, 16, 3, padding=1), nn.ReLU(), nn.Conv2d(16, 32, 3, padding=1), nn.ReLU(), nn.MaxPool2d(2),
             nn.Flatten(), nn.Linear(512, 64), nn.ReLU(), nn.Linear(64, 10),

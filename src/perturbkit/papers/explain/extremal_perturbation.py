@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from perturbkit.core import Masks, Oracle
-from perturbkit.core.random import randint, randperm, uniform
+from perturbkit.core.random import randint, randperm, seeded_init, uniform
 from perturbkit.explain import ExtremalResult, extremal_perturbation
 from perturbkit.explain.removal._extremal import between_levels, blur_pyramid
 from perturbkit.explain.removal._parts import gaussian_blur
@@ -161,8 +161,7 @@ def _pairs(
 
 def _network(digits: Tensor, labels: Tensor, run: Run) -> nn.Module:
     """Train a network to say which digits are there, one logit each; half of the images have blurred parts."""
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(run.seeds(1)[0])
+    with seeded_init(run.seeds(1)[0]):
         net = nn.Sequential(
             nn.Conv2d(1, 24, 5, stride=2, padding=2), nn.BatchNorm2d(24), nn.ReLU(),
             nn.Conv2d(24, 48, 3, padding=1), nn.BatchNorm2d(48), nn.ReLU(),

@@ -17,7 +17,7 @@ from matplotlib.figure import Figure
 from torch import Tensor, nn
 
 from perturbkit.core import Oracle
-from perturbkit.core.random import as_generator, randint, uniform
+from perturbkit.core.random import as_generator, randint, seeded_init, uniform
 from perturbkit.explain import (
     ConvInpainter,
     GaussianInpainter,
@@ -162,8 +162,7 @@ def _errors(judge: nn.Module, x: Tensor, gaussian: GaussianInpainter, run: Run) 
 
 
 def _autoencoder(x: Tensor, run: Run) -> nn.Module:
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(run.seeds(1)[0])
+    with seeded_init(run.seeds(1)[0]):
         net = nn.Sequential(
             nn.Flatten(), nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 12), nn.Linear(12, 64), nn.ReLU(), nn.Linear(64, 64),
             nn.Unflatten(1, (1, 8, 8)),

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from perturbkit.core import Oracle
-from perturbkit.core.random import uniform
+from perturbkit.core.random import seeded_init, uniform
 from perturbkit.explain import (
     BiasReport,
     LayerMasked,
@@ -116,8 +116,7 @@ def _canvas(digits: Tensor, labels: Tensor, n: int, g: torch.Generator) -> Canva
 
 
 def _network(digits: Tensor, labels: Tensor, run: Run) -> nn.Sequential:
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(run.seeds(1)[0])
+    with seeded_init(run.seeds(1)[0]):
         model = nn.Sequential(
             nn.Conv2d(1, 24, 5, stride=2, padding=2), nn.BatchNorm2d(24), nn.ReLU(),
             nn.Conv2d(24, 48, 3, padding=1), nn.BatchNorm2d(48), nn.ReLU(),

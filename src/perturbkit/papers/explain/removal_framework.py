@@ -17,7 +17,7 @@ from matplotlib.figure import Figure
 from torch import Tensor, nn
 
 from perturbkit.core import Oracle, all_masks
-from perturbkit.core.random import randn, uniform
+from perturbkit.core.random import randn, seeded_init, uniform
 from perturbkit.explain import (
     RBX_METHODS,
     Banzhaf,
@@ -187,8 +187,7 @@ def _grid(inputs: Tensor, y: Tensor, x: Tensor, labels: Tensor, run: Run) -> tup
 
 def _network(x: Tensor, y: Tensor, run: Run) -> nn.Module:
     """Train a small classifier, which answers probabilities."""
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(run.seeds(1)[0])
+    with seeded_init(run.seeds(1)[0]):
         net = nn.Sequential(nn.Linear(x.shape[1], 16), nn.ReLU(), nn.Linear(16, 2))
     optimiser = torch.optim.Adam(net.parameters(), 0.01)
     for _ in range(300):

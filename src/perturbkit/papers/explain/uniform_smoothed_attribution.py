@@ -12,7 +12,7 @@ from matplotlib.figure import Figure
 from torch import Tensor, nn
 
 from perturbkit.core import Ball
-from perturbkit.core.random import as_generator, randint
+from perturbkit.core.random import as_generator, randint, seeded_init
 from perturbkit.explain import UniformSmoothedAttribution, attack_attribution, gradient_attribution
 from perturbkit.papers import Comparison, Evidence, Run, paper
 
@@ -88,8 +88,7 @@ def _data() -> dict[str, tuple[Tensor, Tensor, Tensor]]:
 
 
 def _network(x: Tensor, y: Tensor, run: Run) -> nn.Module:
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(run.seeds(1)[0])
+    with seeded_init(run.seeds(1)[0]):
         net = nn.Sequential(nn.Linear(x.shape[1], 32), nn.Softplus(beta=10), nn.Linear(32, int(y.max()) + 1))
     g, optimiser = as_generator(run.generator("batches")), torch.optim.Adam(net.parameters(), 5e-3)
     for _ in range(400):

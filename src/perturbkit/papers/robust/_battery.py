@@ -9,6 +9,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from perturbkit.core.random import seeded_init
+
 HOURS, CAPACITY, POWER, EFFICIENCY = 24, 6.0, 2.0, 0.95
 
 
@@ -81,8 +83,7 @@ def imitate(seed: int, days: Days) -> nn.Module:
         inputs.append(observations(days, hour, stored))
         wanted.append(torch.from_numpy(best[np.arange(len(level)), hour, level]))
     x, y = torch.cat(inputs), torch.cat(wanted)
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed % 2**31)
+    with seeded_init(seed % 2**31):
         net = nn.Sequential(
             nn.Linear(6, 64), nn.Tanh(), nn.Linear(64, 64), nn.Tanh(), nn.Linear(64, 1)
         ).double()

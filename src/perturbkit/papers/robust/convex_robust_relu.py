@@ -10,6 +10,7 @@ from matplotlib.figure import Figure
 from torch import Tensor, nn
 
 from perturbkit.core import Ball
+from perturbkit.core.random import seeded_init
 from perturbkit.papers import Comparison, Evidence, Run, paper
 from perturbkit.robust import ConvexReLUClassifier, projected_gradient
 
@@ -95,8 +96,7 @@ def _cancer(seed: int) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
 
 
 def _network(d: int, width: int, seed: int) -> nn.Sequential:
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed % 2**31)
+    with seeded_init(seed % 2**31):
         return nn.Sequential(nn.Linear(d, width), nn.ReLU(), nn.Linear(width, 1, bias=False)).double()
 
 

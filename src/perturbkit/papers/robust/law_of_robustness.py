@@ -9,7 +9,7 @@ import torch
 from matplotlib.figure import Figure
 from torch import Tensor, nn
 
-from perturbkit.core.random import rademacher, randn, uniform
+from perturbkit.core.random import rademacher, randn, seeded_init, uniform
 from perturbkit.papers import Comparison, Evidence, Run, paper
 from perturbkit.robust import law_of_robustness, minimal_lipschitz_constant, network_lipschitz
 
@@ -103,8 +103,7 @@ def _trained(width: int, seed: int) -> tuple[float, float]:
     x = randn((_ROWS, _DIM), generator=g)
     x = x / x.norm(dim=1, keepdim=True)
     y = rademacher((_ROWS,), generator=g, dtype=torch.float32)
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
+    with seeded_init(seed):
         net = nn.Sequential(nn.Linear(_DIM, width), nn.ReLU(), nn.Linear(width, 1))
     optimizer = torch.optim.Adam(net.parameters(), lr=0.01)
     error = float("inf")

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from perturbkit.core import around
-from perturbkit.core.random import randperm
+from perturbkit.core.random import randperm, seeded_init
 from perturbkit.papers import Comparison, Evidence, Run, paper
 from perturbkit.robust import BoundedModule, loss_fusion, projected_gradient
 
@@ -81,8 +81,7 @@ class _Net(nn.Module):
 def _trained(run: Run, data: tuple[Tensor, Tensor], loss: Loss, steps: int) -> tuple[nn.Module, float]:
     """Return a network and the seconds its steps took; the radius grows to its full size over the first half."""
     g = run.generator("batches")
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(run.seeds(1)[0])
+    with seeded_init(run.seeds(1)[0]):
         net = _Net()
     x, y = data
     bounded = BoundedModule(net, x[:2])

@@ -6,7 +6,7 @@ import torch
 from matplotlib.figure import Figure
 from torch import Tensor, nn
 
-from perturbkit.core.random import randperm, uniform
+from perturbkit.core.random import randperm, seeded_init, uniform
 from perturbkit.papers import Comparison, Evidence, Run, paper
 from perturbkit.robust import ManifoldLipschitzLearner
 
@@ -83,8 +83,7 @@ def _fit(x: Tensor, y: Tensor, labelled: Tensor, seed: int, plain: bool) -> tupl
     """Return the largest squared gradient and the accuracy on rows without labels."""
     rest = torch.tensor([i for i in range(len(x)) if i not in set(labelled.tolist())])
     classes = int(y.max()) + 1
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed % 2**31)
+    with seeded_init(seed % 2**31):
         net = nn.Sequential(nn.Linear(x.shape[1], 64), nn.Tanh(), nn.Linear(64, 64), nn.Tanh(), nn.Linear(64, classes)).double()  # fmt: skip
     targets = torch.eye(classes, dtype=torch.float64)[y]
     learner = ManifoldLipschitzLearner(

@@ -103,20 +103,12 @@ def sample_bdia(
     for i in range(path.n_steps):
         here = path.points[i]
         eps = denoiser.eps(x, here.time)
-        if base == "ddim" and i > 0:
-            # The same as below, gathered into one weight a term: DDIM's increments are linear.
-            (grow, add), (shrink, remove) = (_weights(here, path.points[j]) for j in (i + 1, i - 1))
-            own = (1 - gamma) + (grow - 1) - gamma * (shrink - 1)
-            before, x = x, weighted((gamma, before), (own, x), (add - gamma * remove, eps))
-            if callback is not None:
-                callback(i, x)
-            continue
-        step = _increment(denoiser, x, eps, here, path.points[i + 1], base)
         if i == 0 or gamma == 0:
-            after = x + step
+            after = transfer(
+                x, _noise(denoiser, x, eps, here, path.points[i + 1], base), here, path.points[i + 1]
+            )
         else:
-            back = _increment(denoiser, x, eps, here, path.points[i - 1], base)
-            after = before - (1 - gamma) * (before - x) - gamma * back + step
+            after = weighted((gamma, before), *_own_terms(denoiser, x, eps, path, i, gamma, base))
         before, x = x, after
         if callback is not None:
             callback(i, x)
@@ -178,22 +170,25 @@ def invert_bdia(
     path, calls = Path(denoiser, times), denoiser.nfev
     after, here = x, previous
     for i in range(path.n_steps - 1, 0, -1):
-        point = path.points[i]
-        eps = denoiser.eps(here, point.time)
-        step = _increment(denoiser, here, eps, point, path.points[i + 1], base)
-        back = _increment(denoiser, here, eps, point, path.points[i - 1], base)
-        before = (after - (1 - gamma) * here + gamma * back - step) / gamma
+        eps = denoiser.eps(here, path.times[i])
+        before = (after - weighted(*_own_terms(denoiser, here, eps, path, i, gamma, base))) / gamma
         after, here = here, before
     return path.result(here, denoiser.nfev - calls)
 
 
-def _weights(s: Point, t: Point) -> tuple[float, float]:
-    """Return the weights of the state and of the noise in a DDIM step."""
-    return t.alpha / s.alpha, t.alpha * (t.lam - s.lam)
+def _own_terms(
+    denoiser: Denoiser, x: Tensor, eps: Tensor, path: Path, i: int, gamma: float, base: str
+) -> list[tuple[float, Tensor]]:
+    """Return the terms, with weights, of ``x_{i+1} - gamma x_{i-1}``: increments are linear in the state and the noise."""
+    here, ahead, behind = (path.points[j] for j in (i, i + 1, i - 1))
+    own = (1 - gamma) + (ahead.alpha / here.alpha - 1) - gamma * (behind.alpha / here.alpha - 1)
+    add, remove = (p.alpha * (p.lam - here.lam) for p in (ahead, behind))
+    if base == "ddim":
+        return [(own, x), (add - gamma * remove, eps)]
+    forth, back = (_noise(denoiser, x, eps, here, p, base) for p in (ahead, behind))
+    return [(own, x), (add, forth), (-gamma * remove, back)]
 
 
-def _increment(denoiser: Denoiser, x: Tensor, eps: Tensor, s: Point, t: Point, base: str) -> Tensor:
-    end = transfer(x, eps, s, t)
-    if base == "heun":
-        end = transfer(x, (eps + denoiser.eps(end, t.time)) / 2, s, t)
-    return end - x
+def _noise(denoiser: Denoiser, x: Tensor, eps: Tensor, s: Point, t: Point, base: str) -> Tensor:
+    """Return the noise along which the base method goes from ``s`` to ``t``."""
+    return eps if base == "ddim" else (eps + denoiser.eps(transfer(x, eps, s, t), t.time)) / 2

@@ -336,5 +336,5 @@ def test_targets_are_one_index_a_row() -> None:
     assert torch.equal(target_rows(2, x), torch.tensor([2, 2, 2]))
     assert torch.equal(target_rows(torch.tensor([0, 1, 4]), x), torch.tensor([0, 1, 4]))
     for wrong in (torch.tensor([0, 1]), torch.tensor([0.5, 1.0, 2.0]), -1):
-        with pytest.raises(checks.PerturbkitError, match="target|labels"):
+        with pytest.raises(checks.PerturbkitError, match=r"target|labels"):
             target_rows(wrong, x)

@@ -33,6 +33,7 @@ from .parameters import Restorer as Restorer
 from .parameters import assign as assign
 from .parameters import flatten as flatten
 from .parameters import functional as functional
+from .parameters import keeping_modes as keeping_modes
 from .parameters import perturbed as perturbed
 from .parameters import seeded_direction as seeded_direction
 from .parameters import step as step

@@ -22,6 +22,7 @@ __all__ = [
     "assign",
     "flatten",
     "functional",
+    "keeping_modes",
     "perturbed",
     "seeded_direction",
     "step",
@@ -234,6 +235,26 @@ class Restorer:
     def nbytes(self) -> int:
         """Bytes kept, all parameters together."""
         return sum(t.nbytes for pair in self._kept for t in pair if t is not None)
+
+
+@contextmanager
+def keeping_modes(model: nn.Module) -> Iterator[None]:
+    """Put every part of a module back into its own mode, of training or evaluation, on leaving.
+
+    Examples
+    --------
+    >>> net = nn.Sequential(nn.Dropout())
+    >>> with keeping_modes(net):
+    ...     _ = net.eval()
+    >>> net.training
+    True
+    """
+    modes = {module: module.training for module in model.modules()}
+    try:
+        yield
+    finally:
+        for module, training in modes.items():
+            module.training = training
 
 
 @contextmanager

@@ -71,11 +71,11 @@ def _by_relaxation(context: Context, rows: Tensor) -> Tensor:
     if not isinstance(module, torch.nn.Module):
         raise checks.ModelError("the model is a function, not a module whose layers can be bounded.")
     z, y = subject.x[rows] / context.scale, subject.y[rows]
-    bounded = BoundedModule(_InUnits(module, context.scale), z[:1])
-    if bounded.n_outputs * z[0].numel() > _LARGEST:
+    if len(subject.classes) * z[0].numel() > _LARGEST:
         raise checks.ModelError(
-            f"the model has {bounded.n_outputs} outputs on inputs of {z[0].numel()} numbers, too many to bound here."
+            f"the model has {len(subject.classes)} outputs on inputs of {z[0].numel()} numbers, too many to bound here."
         )
+    bounded = BoundedModule(_InUnits(module, context.scale), z[:1])
     eye = torch.eye(bounded.n_outputs, dtype=z.dtype)
     # The lead of the label over each class; its own row is left out of the proof.
     lead = eye[y][:, None] - eye[None]

@@ -19,7 +19,7 @@ from perturbkit.core import checks
 from perturbkit.robust.certificates._parts import Interval, Propagate
 from perturbkit.robust.certificates._relaxations import Lines, lines_of, relax
 
-__all__ = ["LinearBounds", "Root"]
+__all__ = ["LinearBounds", "Root", "inner", "over_box"]
 
 Coefficients = dict[fx.Node, Tensor]
 # Numbers of a coefficient tensor at once.
@@ -111,7 +111,7 @@ class LinearBounds(Propagate):
                 continue
             value = self.env[n]
             if boxes and isinstance(value, Interval) and not self._is_affine(n):
-                total = total + _over_box(a, value)
+                total = total + over_box(a, value)
                 continue
             # Consumers come later in the order: all of them have added to a by now.
             found, constant = self._push(n, a)
@@ -171,7 +171,7 @@ class LinearBounds(Propagate):
             low = low + self.roots[root].lowest(a.reshape(*a.shape[:2], *shape[1:]))
             high = high - self.roots[root].lowest(-upper[root].reshape(*a.shape[:2], *shape[1:]))
         shape = value.lower.shape
-        return _meet(value, Interval(low.T.reshape(shape), high.T.reshape(shape)))
+        return value.meet(Interval(low.T.reshape(shape), high.T.reshape(shape)))
 
     def _tighten_node(self, node: fx.Node, kind: tuple[str, float] | None) -> None:
         if node in self._tight:
@@ -211,7 +211,7 @@ class LinearBounds(Propagate):
         """Turn a lower bound in terms of a node into one in terms of what it is made of."""
         value = self.env[n]
         if not isinstance(value, Interval):
-            return {}, _inner(a, torch.as_tensor(value).to(a))
+            return {}, inner(a, torch.as_tensor(value).to(a))
         self.rows += a.shape[0] * a.shape[1]
         sources = self._dependent(n)
         kind = lines_of(n, self._graph)
@@ -230,7 +230,7 @@ class LinearBounds(Propagate):
         if window is not None and a.ndim == 5:
             return _through_max_pool(sources[0], self.env[sources[0]], window, a)
         # Its box, cut off from the input.
-        return {}, _over_box(a, value)
+        return {}, over_box(a, value)
 
     def _is_affine(self, n: fx.Node) -> bool:
         if n.op == "call_module":
@@ -257,7 +257,7 @@ class LinearBounds(Propagate):
         zeros = [torch.zeros_like(self.env[s].lower) for s in sources]
         constant, transposed = _transposable(apply, *zeros)
         found = torch.func.vmap(transposed)(a)
-        return dict(zip(sources, found, strict=True)), _inner(a, constant)
+        return dict(zip(sources, found, strict=True)), inner(a, constant)
 
     def _through_product(
         self, product: Callable[..., Tensor], left: fx.Node, right: fx.Node, a: Tensor
@@ -270,7 +270,7 @@ class LinearBounds(Propagate):
         _, by_high = _transposable(lambda v: product(x.upper, v), y.lower)
         (of_left,) = torch.func.vmap(by_left)(a)
         (of_low,), (of_high,) = torch.func.vmap(by_low)(positive), torch.func.vmap(by_high)(negative)
-        constant = _inner(positive, product(x.lower, y.lower)) + _inner(negative, product(x.upper, y.lower))
+        constant = inner(positive, product(x.lower, y.lower)) + inner(negative, product(x.upper, y.lower))
         if left is right:
             return {left: of_left + of_low + of_high}, -constant
         return {left: of_left, right: of_low + of_high}, -constant
@@ -293,7 +293,7 @@ class LinearBounds(Propagate):
 
 def _through_lines(source: fx.Node, lines: Lines, a: Tensor) -> tuple[Coefficients, Tensor]:
     positive, negative = a.clamp(min=0), a.clamp(max=0)
-    constant = _inner(positive, lines.low_shift) + _inner(negative, lines.high_shift)
+    constant = inner(positive, lines.low_shift) + inner(negative, lines.high_shift)
     return {source: positive * lines.low_slope + negative * lines.high_slope}, constant
 
 
@@ -321,7 +321,7 @@ def _through_max_pool(
     decided = best.squeeze(2) >= others
     positive, negative = a.clamp(min=0), a.clamp(max=0)
     chosen = torch.where(decided, a, positive)
-    constant = _inner(torch.where(decided, 0.0, negative), high.amax(2))
+    constant = inner(torch.where(decided, 0.0, negative), high.amax(2))
     _, transposed = _transposable(lambda x: windows(x, 0.0).gather(2, winner).squeeze(2), box.lower)
     (found,) = torch.func.vmap(transposed)(chosen)
     return {source: found}, constant
@@ -345,17 +345,14 @@ def _flat(a: Tensor) -> Tensor:
     return a.reshape(*a.shape[:2], -1)
 
 
-def _inner(a: Tensor, values: Tensor) -> Tensor:
+def inner(a: Tensor, values: Tensor) -> Tensor:
     """Return sums of products over all but specs and rows, (s, n)."""
     return _flat(a * values).sum(2)
 
 
-def _over_box(a: Tensor, box: Interval) -> Tensor:
-    return _inner(a.clamp(min=0), box.lower) + _inner(a.clamp(max=0), box.upper)
-
-
-def _meet(a: Interval, b: Interval) -> Interval:
-    return Interval(torch.maximum(a.lower, b.lower), torch.minimum(a.upper, b.upper))
+def over_box(a: Tensor, box: Interval) -> Tensor:
+    """Return the least values of linear functions on a box, (s, n)."""
+    return inner(a.clamp(min=0), box.lower) + inner(a.clamp(max=0), box.upper)
 
 
 _AFFINE_MODULES = (

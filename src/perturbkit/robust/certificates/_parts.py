@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, fx, nn
 from torch.nn import functional
 
-from perturbkit.core import checks
+from perturbkit.core import checks, keeping_modes
 
 __all__ = ["Interval", "Propagate", "affine", "cut_last_linear", "evaluating", "interval_forward", "trace"]
 
@@ -41,6 +41,10 @@ class Interval:
         """Apply a monotone (or merely rearranging) function to both ends."""
         return Interval(fun(self.lower), fun(self.upper))
 
+    def meet(self, other: Interval) -> Interval:
+        """Return what both allow."""
+        return Interval(torch.maximum(self.lower, other.lower), torch.minimum(self.upper, other.upper))
+
 
 def trace(model: nn.Module, sample: Tensor) -> fx.GraphModule:
     """Return the graph of a module's forward in evaluation mode; the module's own modes are left as they are.
@@ -55,12 +59,10 @@ def trace(model: nn.Module, sample: Tensor) -> fx.GraphModule:
     """
     # A bare layer would be traced into; inside a Sequential it is a layer with a rule.
     bare = type(model).__module__.startswith("torch.nn") and not isinstance(model, nn.Sequential)
-    modes = {m: m.training for m in model.modules()}
     fault = "fails on the inputs"
     try:
-        for module in modes:  # a functional dropout's mode is written into the graph
-            module.training = False
-        with torch.no_grad():
+        # A functional dropout's mode is written into the graph.
+        with evaluating(model), torch.no_grad():
             given = model(sample[:2].clone())
             fault = "has no fixed graph"
             graph = fx.symbolic_trace(nn.Sequential(model) if bare else model)
@@ -71,9 +73,6 @@ def trace(model: nn.Module, sample: Tensor) -> fx.GraphModule:
             f"the forward of {type(model).__name__} {fault} ({reason}); allowed: a forward made of layers and tensor "
             "operations, without branches on values. Correct the inputs, certify a part of it, or smooth it."
         ) from error
-    finally:
-        for module, training in modes.items():
-            module.training = training
     hooked = [n for n, m in model.named_modules() if m._forward_hooks or m._forward_pre_hooks]
     if hooked or not (isinstance(given, Tensor) and torch.allclose(given, traced, equal_nan=True)):
         why = (
@@ -106,13 +105,9 @@ def cut_last_linear(graph: fx.GraphModule) -> tuple[fx.GraphModule, nn.Linear | 
 @contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
     """Put a module into evaluation mode, and every part of it back into its own after."""
-    modes = {m: m.training for m in model.modules()}
-    try:
+    with keeping_modes(model):
         model.eval()
         yield
-    finally:
-        for module, training in modes.items():
-            module.training = training
 
 
 def interval_forward(graph: fx.GraphModule, lower: Tensor, upper: Tensor) -> Interval:

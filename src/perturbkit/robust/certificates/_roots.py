@@ -11,6 +11,7 @@ from torch import Tensor, fx, nn
 from torch.fx.passes.shape_prop import ShapeProp
 
 from perturbkit.core import Ball, BallInBox, Box, checks
+from perturbkit.robust.certificates._linear_bounds import inner, over_box
 from perturbkit.robust.certificates._parts import Interval
 
 __all__ = ["InputSet", "SetRoot", "Synonyms", "WordsRoot", "with_weights"]
@@ -120,16 +121,13 @@ class SetRoot:
         return cls(x, Interval(lower, upper), ball)
 
     def lowest(self, coefficients: Tensor) -> Tensor:
-        a = coefficients
-        flat = a.reshape(*a.shape[:2], -1)
-        low, high = (end.reshape(len(end), -1) for end in (self.box.lower, self.box.upper))
-        corner = (flat.clamp(min=0) * low + flat.clamp(max=0) * high).sum(2)
+        a, corner = coefficients, over_box(coefficients, self.box)
         if self._ball is None or self._ball.norm == "linf":
             return corner
-        dual = torch.linalg.vector_norm(flat, ord=_DUAL[self._ball.norm], dim=2)
+        dual = torch.linalg.vector_norm(a.reshape(*a.shape[:2], -1), ord=_DUAL[self._ball.norm], dim=2)
         radius = _rows(self._ball.radius, self.x).reshape(-1)
         # Both hold for an intersection, and neither is always the greater.
-        return torch.maximum(corner, (flat * self.x.reshape(len(self.x), -1)).sum(2) - radius * dual)
+        return torch.maximum(corner, inner(a, self.x) - radius * dual)
 
 
 class WordsRoot:
@@ -151,7 +149,7 @@ class WordsRoot:
     def lowest(self, coefficients: Tensor) -> Tensor:
         gains = torch.einsum("snld,nlmd->snlm", coefficients, self._change).amin(3).clamp(max=0)
         best = gains.topk(self._budget, dim=2, largest=False).values.sum(2)
-        return (coefficients * self._x).flatten(2).sum(2) + best
+        return inner(coefficients, self._x) + best
 
 
 def _rows(radius: float | Tensor, x: Tensor) -> Tensor:

@@ -275,17 +275,12 @@ def _output_bounds(linear: LinearBounds, box: Interval, method: Method, specs: T
             return linear.forward_bounds(output)
         k = box.lower.shape[1]
         eye = torch.eye(k, dtype=box.lower.dtype, device=box.lower.device)
-        return _meet(box, linear.bounds(output, eye[:, None].expand(-1, len(box.lower), -1)))
+        return box.meet(linear.bounds(output, eye[:, None].expand(-1, len(box.lower), -1)))
     wanted = specs.transpose(0, 1)
     # A row of C is taken through the last affine operations before boxes are looked at: bounds of a difference.
     by_boxes = linear.bounds(output, wanted, boxes=True)
     if method == "ibp":
         return by_boxes
     if method == "forward":
-        linear.forward_bounds(output)
-        return _meet(by_boxes, linear.forward_bounds(output, wanted))
-    return _meet(by_boxes, linear.bounds(output, wanted))
-
-
-def _meet(a: Interval, b: Interval) -> Interval:
-    return Interval(torch.maximum(a.lower, b.lower), torch.minimum(a.upper, b.upper))
+        return by_boxes.meet(linear.forward_bounds(output, wanted))
+    return by_boxes.meet(linear.bounds(output, wanted))

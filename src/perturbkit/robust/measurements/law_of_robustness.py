@@ -13,7 +13,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from perturbkit.core import Result, checks
+from perturbkit.core import Result, checks, keeping_modes
 
 __all__ = [
     "LawOfRobustness",
@@ -291,13 +291,9 @@ def _steepest(model: nn.Module, x: Tensor) -> float:
     def one(row: Tensor) -> Tensor:
         return model(row[None])[0].reshape(-1)
 
-    training = {m: m.training for m in model.modules()}
-    try:
+    with keeping_modes(model):
         model.eval()
         jacobian = torch.func.vmap(torch.func.jacrev(one))(x).flatten(2)
-    finally:
-        for module, mode in training.items():
-            module.training = mode
     return float(torch.linalg.matrix_norm(jacobian.detach(), ord=2).max())
 
 

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from perturbkit.core import Ball, Norm, Oracle, Result, around, checks, track, unwrap_output
+from perturbkit.core import Ball, Norm, Oracle, Result, around, checks, keeping_modes, track, unwrap_output
 from perturbkit.core.progress import ProgressLike
 from perturbkit.core.random import randperm
 
@@ -141,9 +141,8 @@ def run_epochs(
         momentum=schedule.momentum,
         weight_decay=schedule.weight_decay,
     )
-    modes = {m: m.training for m in model.modules()}
     losses, references, scores = [], [], []
-    try:
+    with keeping_modes(model):
         for epoch in track(range(schedule.epochs), "adversarial training", progress=progress):
             for group in optimizer.param_groups:
                 group["lr"] = schedule.lr * schedule.factor(epoch)
@@ -166,9 +165,6 @@ def run_epochs(
             if evaluate is not None:
                 model.eval()
                 scores.append(float(evaluate(model)))
-    finally:
-        for module, training in modes.items():
-            module.training = training
     return TrainingHistory(*(torch.tensor(v, dtype=like.dtype) for v in (losses, references, scores)))
 
 

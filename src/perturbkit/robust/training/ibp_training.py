@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, fx, nn
 from torch.nn import functional
 
-from perturbkit.core import Result, checks, track
+from perturbkit.core import Result, checks, keeping_modes, track
 from perturbkit.core.progress import ProgressLike
 from perturbkit.core.random import Seed, as_generator, randperm
 from perturbkit.robust.certificates._parts import (
@@ -290,8 +290,7 @@ class IBPTrainer:
         optimizer = torch.optim.Adam(self.model.parameters(), lr=self.lr)
         losses, radii, weights = [], [], []
         rows = _batches(len(x), min(self.batch_size, len(x)), g)
-        modes = {m: m.training for m in self.model.modules()}
-        try:
+        with keeping_modes(self.model):
             for step in track(range(n_steps), "interval bound training", progress=progress):
                 self._decay(optimizer, step / n_steps)
                 epsilon, kappa = self._schedule(step, n_steps)
@@ -303,8 +302,6 @@ class IBPTrainer:
                 losses.append(float(loss.detach()))
                 radii.append(epsilon)
                 weights.append(kappa)
-        finally:
-            _restore(modes)
         return IBPHistory(*(torch.tensor(v, dtype=torch.float64) for v in (losses, radii, weights)))
 
     def _loss(
@@ -374,8 +371,3 @@ def _batches(n: int, size: int, generator: torch.Generator) -> Iterator[Tensor]:
         order = randperm(n, generator=generator)
         for start in range(0, n - size + 1, size):
             yield order[start : start + size]
-
-
-def _restore(modes: dict[nn.Module, bool]) -> None:
-    for module, training in modes.items():
-        module.training = training

@@ -479,11 +479,12 @@ class Denoiser:
         if config.get("prediction_type") == "flow_prediction" or (
             "shift" in config and "beta_schedule" not in config
         ):
-            flow = cls(
-                lambda x, t: _first_answer(model(x, t * steps, **inputs), x), FlowSchedule(1.0), "velocity"
+            return cls._around(
+                model,
+                lambda x, t: _first_answer(model(x, t * steps, **inputs), x),
+                FlowSchedule(1.0),
+                "velocity",
             )
-            flow.network = model
-            return flow
         table = getattr(scheduler, "alphas_cumprod", None)
         products = _alphas_cumprod(config, steps) if table is None else table.double().cpu()
         # Rescaled to end without signal (some schedulers put a number of their own there): a little must be left to divide by.
@@ -492,9 +493,12 @@ class Denoiser:
         schedule = DiscreteSchedule(products)
         predicts = {"epsilon": "eps", "sample": "x0", "v_prediction": "v"}
         kind = checks.one_of("prediction_type", config.get("prediction_type", "epsilon"), predicts)
-        made = cls(lambda x, t: _first_answer(model(x, t, **inputs), x), schedule, predicts[kind])  # type: ignore[arg-type]
-        made.network = model
-        return made
+        return cls._around(
+            model,
+            lambda x, t: _first_answer(model(x, t, **inputs), x),
+            schedule,
+            predicts[kind],  # type: ignore[arg-type]
+        )
 
     @classmethod
     def from_edm(cls, network: Callable[..., Tensor], *, sigma_max: float = 80.0, **inputs: Any) -> Denoiser:
@@ -514,7 +518,18 @@ class Denoiser:
         >>> Denoiser.from_edm(lambda x, sigma: x / (1 + sigma[:, None] ** 2)).schedule.t_max
         80.0
         """
-        made = cls(lambda x, t: network(x, t, **inputs), EDMSchedule(sigma_max), predicts="x0")
+        return cls._around(network, lambda x, t: network(x, t, **inputs), EDMSchedule(sigma_max), "x0")
+
+    @classmethod
+    def _around(
+        cls,
+        network: Callable[..., Any],
+        fun: Callable[[Tensor, Tensor], Tensor],
+        schedule: Schedule,
+        predicts: Prediction,
+    ) -> Denoiser:
+        """Return the denoiser of a function that calls a network in its own way."""
+        made = cls(fun, schedule, predicts)
         made.network = network
         return made
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -258,14 +259,15 @@ class ImplicitDenoising:
         self.denoiser, self._objective = denoiser, objective
         self._path = Path(denoiser, times)
         points = self._path.points
-        self._levels = [p.lam for p in points]
         # Row m of either queue is at step m: its time and alpha, and the length of its step.
         n, rows = self._path.n_steps, self._shape[0]
         lead = (n * rows, *[1] * (len(self._shape) - 1))
         self._times = probe.new_tensor([p.time for p in points[:-1]]).repeat_interleave(rows)
         self._alpha = probe.new_tensor([p.alpha for p in points[:-1]]).repeat_interleave(rows).reshape(lead)
-        length = [b - a for a, b in zip(self._levels[:-1], self._levels[1:], strict=True)]
+        length = [b.lam - a.lam for a, b in pairwise(points)]
         self._length = probe.new_tensor(length).repeat_interleave(rows).reshape(lead)
+        # The newest batch of the backward queue is at the last step, the oldest at the earliest.
+        self._latest_first = torch.arange(n * rows, device=probe.device).reshape(n, rows).flip(0).reshape(-1)
         self._optimizer = _optimizer(self.params, lr, optimizer)
         self._generator = as_generator(generator)
         # Newest first: a batch is the list of the scaled states that it visited, and in the backward queue its adjoint.
@@ -296,14 +298,12 @@ class ImplicitDenoising:
         for _ in range(n):
             left = self._advance()
             mean = particles.new_tensor(torch.nan)
-            gradients = [torch.zeros_like(p) for p in self.params]
             if left is not None:
                 particles, mean, entry = left
                 self._backward.appendleft(entry)
             if self._backward:
                 products += len(self._backward) * self._shape[0]
-                gradients = self._retreat()
-                _take(self._optimizer, self.params, gradients)
+                _take(self._optimizer, self.params, self._retreat())
             history.append(mean)
         return ImplicitDiffusionResult(
             [p.detach().clone() for p in self.params],
@@ -337,24 +337,19 @@ class ImplicitDenoising:
     def _retreat(self) -> list[Tensor]:
         """Move every batch of the backward queue by a step of the adjoint; return the gradient they give together."""
         batches, rows = list(self._backward), self._shape[0]
-        # The newest batch is at the last step, the oldest at the earliest: the tail of the coefficients, turned round.
-        order = torch.arange(self._path.n_steps).flip(0)[: len(batches)]
-        pick = (order[:, None] * rows + torch.arange(rows)).reshape(-1).to(self._times.device)
+        pick = self._latest_first[: len(batches) * rows]
         z = torch.cat([states[-1] for states, _ in batches]).requires_grad_()
         a = torch.cat([adjoint for _, adjoint in batches])
         eps = self.denoiser.eps(self._alpha[pick] * z, self._times[pick])
         slope, *gradients = torch.autograd.grad(
             eps, [z, *self.params], self._length[pick] * a, materialize_grads=True
         )
-        a = a + slope
-        for (states, _), _adjoint in zip(batches, a.split(rows), strict=True):
+        self._backward.clear()
+        for (states, _), adjoint in zip(batches, (a + slope).split(rows), strict=True):
             states.pop()
-        self._backward = deque(
-            (states, adjoint)
-            for (states, _), adjoint in zip(batches, a.split(rows), strict=True)
-            if states  # a batch that is back at its noise has given all that it has
-        )
-        return [torch.zeros_like(p) if g is None else g for p, g in zip(self.params, gradients, strict=True)]
+            if states:  # a batch that is back at its noise has given all that it has
+                self._backward.append((states, adjoint))
+        return gradients
 
 
 def _copied(params: Tensor | Sequence[Tensor]) -> list[Tensor]:

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from perturbkit.core import Attribution, Oracle, checks, target_rows, track
 from perturbkit.core.progress import ProgressLike
 from perturbkit.core.random import Seed, as_generator, uniform
+from perturbkit.explain.removal._lime import cosine_distance, lime_masks, weighted_ridge
 from perturbkit.explain.removal._parts import segment_means, segment_numbers
 
 __all__ = ["deficit", "lime_stratified", "stratified_masks"]
@@ -119,7 +120,7 @@ def lime_stratified(
             cover = segment_means(x[i], numbers[i]) if fill is None else torch.full_like(x[i], fill)
             label = None if rows is None else rows[i : i + 1]
             y = _answers(oracle, x[i], cover, z[:, numbers[i]], label)
-            b, intercept, score = _fit(z, y, _kernel(z, w, kernel_width, legacy), ridge)
+            b, intercept, score = weighted_ridge(z, y, _kernel(z, w, kernel_width, legacy), ridge)
             values[i] = b[numbers[i]].to(x.dtype)
             coefficients.append(b.to(x.dtype))
             intercepts.append(intercept)
@@ -243,8 +244,7 @@ def _masks(
         z, w = stratified_masks(count, n_samples, generator=source, like=x.double())
         z[0], w[0] = 1, 1
     else:
-        z = (uniform((n_samples, count), generator=source, dtype=torch.float64) < 0.5).double().to(x.device)
-        z[0] = 1
+        z = lime_masks(count, n_samples, source, x)
     if sampling == "uniform":
         w = torch.ones(n_samples, dtype=torch.float64, device=x.device)
     w = torch.where(z.all(1) & (torch.arange(n_samples, device=x.device) == 0), torch.ones_like(w), w)
@@ -270,27 +270,7 @@ def _answers(oracle: Oracle, image: Tensor, cover: Tensor, kept: Tensor, target:
 
 def _kernel(z: Tensor, w: Tensor, width: float, legacy: bool) -> Tensor:
     """Return the weights of the samples."""
-    share = z.mean(1)
-    distance = torch.where(share > 0, 1 - share.sqrt(), torch.ones_like(share))  # cosine to the full mask
+    distance = cosine_distance(z)
     if legacy:
         return torch.exp(-((w * distance) ** 2) / (2 * width**2))
     return w * torch.exp(-(distance**2) / (2 * width**2))
-
-
-def _fit(z: Tensor, y: Tensor, weight: Tensor, ridge: float) -> tuple[Tensor, Tensor, Tensor]:
-    """Return coefficients, intercept and weighted R^2 of ridge regression."""
-    share = weight / weight.sum()
-    z_mean, y_mean = share @ z, share @ y
-    centred, rest = z - z_mean, y - y_mean
-    gram = (centred.T * weight) @ centred
-    right = centred.T @ (weight * rest)
-    if ridge > 0:
-        b = torch.linalg.solve(
-            gram + ridge * torch.eye(len(gram), dtype=gram.dtype, device=gram.device), right
-        )
-    else:
-        b = torch.linalg.pinv(gram, hermitian=True) @ right
-    total = (weight * rest**2).sum()
-    left = (weight * (rest - centred @ b) ** 2).sum()
-    score = torch.where(total > 0, 1 - left / total.clamp(min=1e-300), torch.ones_like(total))
-    return b, y_mean - z_mean @ b, score

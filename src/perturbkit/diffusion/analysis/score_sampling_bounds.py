@@ -18,7 +18,7 @@ from torch import Tensor
 
 from perturbkit.core import Cost, Denoiser, Result, SampleResult, Schedule, checks
 from perturbkit.core.random import Seed, as_generator, randn
-from perturbkit.diffusion.samplers._parts import Path, check_start, check_times
+from perturbkit.diffusion.samplers._parts import Path, check_noise_left, check_start, check_times
 
 __all__ = ["KLBound", "PathKL", "decreasing_times", "path_kl", "sample_reverse_sde", "sampling_kl_bound"]
 
@@ -247,7 +247,7 @@ def path_kl(
     """
     check_start(denoiser, x0, times)
     n = checks.integer("n_mc", n_mc, low=2)
-    _check_noise(denoiser.schedule, times)
+    check_noise_left(denoiser.schedule, times, "Stop early, as with decreasing_times.")
     g, calls = as_generator(generator), denoiser.nfev
     clean = x0[torch.arange(n, device=x0.device) % len(x0)]
     clock = _clock(denoiser.schedule, times.detach().to("cpu", torch.float64)).tolist()
@@ -356,12 +356,3 @@ def _score(denoiser: Denoiser, y: Tensor, clock: float) -> Tensor:
     t = float(schedule.time(lam))
     unit = float(schedule.alpha(t)) * math.sqrt(1 + lam**2)
     return unit * denoiser.score(unit * y, t)
-
-
-def _check_noise(schedule: Schedule, times: Tensor) -> None:
-    last = times[-1].double().cpu()
-    if float(schedule.sigma(last)) <= 0:
-        raise checks.ArgumentError(
-            f"times ends at {float(last):g}, where there is no noise and the score may be infinite; allowed: a last time "
-            "with noise. Stop early, as with decreasing_times."
-        )

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from perturbkit.core import Denoiser, checks
-from perturbkit.diffusion.samplers._parts import check_start, check_times
+from perturbkit.diffusion.samplers._parts import check_noise_left, check_start, check_times
 
 __all__ = ["adjoint_sample"]
 
@@ -113,12 +113,9 @@ def adjoint_sample(
             "checkpoint is set and backward_times are given; allowed: one of them, since states are kept at times alone. "
             "Leave one out."
         )
-    last = times[-1].detach().double().cpu()
-    if float(denoiser.schedule.sigma(last)) <= 0 and not (method == "euler" and checkpoint):
-        raise checks.ArgumentError(
-            f"times ends at {float(last):g}, where the noise prediction is undefined; allowed: a last time above 0, or method='euler' with "
-            "checkpoint=True. End a little earlier."
-        )
+    if not (method == "euler" and checkpoint):
+        remedy = "End a little earlier, or take method='euler' with checkpoint=True."
+        check_noise_left(denoiser.schedule, times, remedy)
     if params is None:
         module = denoiser.network if isinstance(denoiser.network, nn.Module) else nn.Identity()
         tensors: list[Tensor] = [p for p in module.parameters() if p.requires_grad]

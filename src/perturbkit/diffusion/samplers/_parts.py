@@ -9,7 +9,16 @@ from torch import Tensor
 
 from perturbkit.core import Cost, Denoiser, SampleResult, Schedule, checks
 
-__all__ = ["Path", "Point", "check_inside", "check_start", "check_times", "transfer", "weighted"]
+__all__ = [
+    "Path",
+    "Point",
+    "check_inside",
+    "check_noise_left",
+    "check_start",
+    "check_times",
+    "transfer",
+    "weighted",
+]
 
 
 @dataclass(frozen=True)
@@ -104,4 +113,13 @@ def check_times(times: Tensor) -> None:
         raise checks.ArgumentError(
             f"times has {len(times)} values from {float(times[0]):g} to {float(times[-1]):g}; allowed: at least two, "
             "strictly decreasing, none below zero. Use schedule.times(n_steps)."
+        )
+
+
+def check_noise_left(schedule: Schedule, times: Tensor, remedy: str) -> None:
+    """Check that a grid ends with noise, where the log noise level and the score are finite."""
+    last = times[-1].detach().double().cpu()
+    if float(schedule.sigma(last)) <= 0:
+        raise checks.ArgumentError(
+            f"times ends at {float(last):g}, where there is no noise; allowed: a last time with noise. {remedy}"
         )

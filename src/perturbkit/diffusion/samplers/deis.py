@@ -14,7 +14,7 @@ import numpy as np
 from torch import Tensor
 
 from perturbkit.core import Denoiser, SampleResult, checks
-from perturbkit.diffusion.samplers._parts import Path, check_start, weighted
+from perturbkit.diffusion.samplers._parts import Path, check_noise_left, check_start, weighted
 
 __all__ = ["sample_deis"]
 
@@ -81,13 +81,9 @@ def sample_deis(
     1.0
     """
     check_start(denoiser, x, times)
+    check_noise_left(denoiser.schedule, times, "End at 1e-3, or take sample_ddim for the last step.")
     checks.integer("order", order, low=1, high=4)
     path, calls = Path(denoiser, times), denoiser.nfev
-    if path.points[-1].lam <= 0:
-        raise checks.ArgumentError(
-            f"times ends at {path.times[-1]:g}, where the log noise level is infinite; allowed: a last time with noise. End "
-            "at 1e-3, or take sample_ddim for the last step."
-        )
     u = [math.log(p.lam) for p in path.points]
     z = x / path.points[0].alpha
     eps = [denoiser.eps(x, path.times[0])]

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from perturbkit.core import Cost, Denoiser, SampleResult, checks
 from perturbkit.core.random import Seed
-from perturbkit.diffusion.samplers._parts import Path, Point, check_start, weighted
+from perturbkit.diffusion.samplers._parts import Path, Point, check_noise_left, check_start, weighted
 
 __all__ = ["sample_dpm_solver", "sample_dpm_solver_adaptive", "sample_dpm_solver_fast"]
 
@@ -85,11 +85,7 @@ def sample_dpm_solver(
     """
     check_start(denoiser, x, times)
     checks.one_of("order", order, (1, 2, 3))
-    if float(denoiser.schedule.sigma(times[-1].double().cpu())) <= 0:
-        raise checks.ArgumentError(
-            f"times ends at {float(times[-1]):g}, where log-SNR is infinite; allowed: a last time with sigma above 0. End at "
-            "1e-3, or take sample_ddim for the last step."
-        )
+    check_noise_left(denoiser.schedule, times, "End at 1e-3, or take sample_ddim for the last step.")
     path, calls = Path(denoiser, times), denoiser.nfev
     inner = [path.between(share) for share in _SHARES[order]]
     for i in range(path.n_steps):

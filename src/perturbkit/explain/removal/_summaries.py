@@ -14,6 +14,7 @@ from torch import Tensor
 
 from perturbkit.core import all_masks, checks
 from perturbkit.core.random import uniform
+from perturbkit.explain.removal._lime import cosine_kernel, weighted_ridge
 from perturbkit.explain.removal._parts import kernel_masks, order_masks, shapley_coefficients, shapley_kernel
 
 # Values (m, rows) of subsets, given as masks (m, parts).
@@ -170,15 +171,8 @@ class LinearModel(_Sampled):
         values, z = u(masks), masks.double()
         weight = torch.ones(len(z), dtype=torch.float64)
         if self.weights == "lime":
-            distance = 1 - z.mean(1).sqrt()
-            weight = torch.exp(-(distance**2) / (2 * width**2))
-        share = weight / weight.sum()
-        centred, rest = z - share @ z, values - share @ values
-        gram = (centred.T * weight) @ centred
-        right = centred.T @ (weight[:, None] * rest)
-        if ridge > 0:
-            return torch.linalg.solve(gram + ridge * torch.eye(d).double(), right).T
-        return (torch.linalg.pinv(gram, hermitian=True) @ right).T
+            weight = cosine_kernel(z, width)
+        return weighted_ridge(z, values, weight, ridge)[0].T
 
 
 @dataclass(frozen=True)

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from perturbkit.core import Attribution, Oracle, checks, target_rows, track
 from perturbkit.core.progress import ProgressLike
 from perturbkit.core.random import Seed, as_generator, uniform
-from perturbkit.explain.removal._lime import cosine_distance, lime_masks, weighted_ridge
+from perturbkit.explain.removal._lime import cosine_distance, cosine_kernel, lime_masks, weighted_ridge
 from perturbkit.explain.removal._parts import segment_means, segment_numbers
 
 __all__ = ["deficit", "lime_stratified", "stratified_masks"]
@@ -270,7 +270,6 @@ def _answers(oracle: Oracle, image: Tensor, cover: Tensor, kept: Tensor, target:
 
 def _kernel(z: Tensor, w: Tensor, width: float, legacy: bool) -> Tensor:
     """Return the weights of the samples."""
-    distance = cosine_distance(z)
     if legacy:
-        return torch.exp(-((w * distance) ** 2) / (2 * width**2))
-    return w * torch.exp(-(distance**2) / (2 * width**2))
+        return torch.exp(-((w * cosine_distance(z)) ** 2) / (2 * width**2))
+    return w * cosine_kernel(z, width)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -74,14 +75,33 @@ def canvas_classifier(
         else:
             head = [nn.MaxPool2d(2), nn.Flatten(), nn.Linear(512, 64), nn.ReLU(), nn.Linear(64, 10)]
         model = nn.Sequential(*body, *head)
-    optimiser = torch.optim.AdamW(model.parameters(), lr=3e-3, weight_decay=1e-2)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimiser, 3e-3, total_steps=steps)
-    for _ in range(steps):
+
+    def loss() -> Tensor:
         batch = draw_canvas(digits, labels, 128, g, clutter=clutter)
         brightness = uniform((128, 1, 1, 1), 0.7, 1.0, generator=g)
-        loss = nn.functional.cross_entropy(model(brightness * batch.x), batch.y)
+        return nn.functional.cross_entropy(model(brightness * batch.x), batch.y)
+
+    return one_cycle(model, loss, steps, 3e-3)
+
+
+def normalised_network(seed: int, pool: nn.Module) -> nn.Sequential:
+    """Return a network of three convolutions with batch normalisation, whose positions a pooling layer sums up."""
+    with seeded_init(seed):
+        return nn.Sequential(
+            nn.Conv2d(1, 24, 5, stride=2, padding=2), nn.BatchNorm2d(24), nn.ReLU(),
+            nn.Conv2d(24, 48, 3, padding=1), nn.BatchNorm2d(48), nn.ReLU(),
+            nn.Conv2d(48, 64, 3, padding=1), nn.BatchNorm2d(64), nn.ReLU(),
+            pool, nn.Flatten(), nn.Linear(64, 10),
+        )  # fmt: skip
+
+
+def one_cycle(model: nn.Sequential, loss: Callable[[], Tensor], steps: int, lr: float) -> nn.Sequential:
+    """Train on fresh draws of a loss with one cycle of the rate, and return the network frozen."""
+    optimiser = torch.optim.AdamW(model.parameters(), lr=lr, weight_decay=1e-2)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimiser, lr, total_steps=steps)
+    for _ in range(steps):
         optimiser.zero_grad()
-        loss.backward()
+        loss().backward()
         optimiser.step()
         schedule.step()
     return model.eval().requires_grad_(False)

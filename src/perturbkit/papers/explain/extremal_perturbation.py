@@ -22,12 +22,12 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from perturbkit.core import Masks, Oracle
-from perturbkit.core.random import randint, randperm, seeded_init, uniform
+from perturbkit.core.random import randint, randperm, uniform
 from perturbkit.explain import ExtremalResult, extremal_perturbation
 from perturbkit.explain.removal._extremal import between_levels, blur_pyramid
 from perturbkit.explain.removal._parts import gaussian_blur
 from perturbkit.papers import Comparison, Evidence, Run, paper
-from perturbkit.papers.explain._canvas import draw_canvas
+from perturbkit.papers.explain._canvas import draw_canvas, normalised_network, one_cycle
 
 _N, _AREAS = 50, (0.025, 0.05, 0.1, 0.2)
 # The paper's strongest blur for 224 pixels, in proportion to the height.
@@ -161,17 +161,9 @@ def _pairs(
 
 def _network(digits: Tensor, labels: Tensor, run: Run) -> nn.Module:
     """Train a network to say which digits are there, one logit each; half of the images have blurred parts."""
-    with seeded_init(run.seeds(1)[0]):
-        net = nn.Sequential(
-            nn.Conv2d(1, 24, 5, stride=2, padding=2), nn.BatchNorm2d(24), nn.ReLU(),
-            nn.Conv2d(24, 48, 3, padding=1), nn.BatchNorm2d(48), nn.ReLU(),
-            nn.Conv2d(48, 64, 3, padding=1), nn.BatchNorm2d(64), nn.ReLU(),
-            nn.AdaptiveMaxPool2d(1), nn.Flatten(), nn.Linear(64, 10),
-        )  # fmt: skip
-    g, steps = run.generator("train"), 800
-    optimiser = torch.optim.AdamW(net.parameters(), 4e-3, weight_decay=1e-2)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimiser, 4e-3, total_steps=steps)
-    for _ in range(steps):
+    net, g = normalised_network(run.seeds(1)[0], nn.AdaptiveMaxPool2d(1)), run.generator("train")
+
+    def loss() -> Tensor:
         x, ink, left, right = _pairs(digits, labels, 64, g)
         mask = _MASKS.sample(x, generator=g, n=len(x))
         mask[::2] = 1
@@ -181,11 +173,9 @@ def _network(digits: Tensor, labels: Tensor, run: Run) -> nn.Module:
             1, torch.stack((left, right), 1), (halves > 0.6 * whole).float()
         )
         shown = between_levels(blur_pyramid(x, 8, _BLUR), mask)
-        optimiser.zero_grad()
-        functional.binary_cross_entropy_with_logits(net(shown), present).backward()
-        optimiser.step()
-        schedule.step()
-    return net.eval().requires_grad_(False)
+        return functional.binary_cross_entropy_with_logits(net(shown), present)
+
+    return one_cycle(net, loss, 800, 4e-3)
 
 
 def _named(model: nn.Module, x: Tensor, left: Tensor, right: Tensor) -> Tensor:

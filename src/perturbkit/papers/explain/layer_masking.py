@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from perturbkit.core import Oracle
-from perturbkit.core.random import seeded_init, uniform
+from perturbkit.core.random import uniform
 from perturbkit.explain import (
     BiasReport,
     LayerMasked,
@@ -29,7 +29,7 @@ from perturbkit.explain import (
     missingness_bias,
 )
 from perturbkit.papers import Comparison, Evidence, Run, paper
-from perturbkit.papers.explain._canvas import Canvas, draw_canvas
+from perturbkit.papers.explain._canvas import Canvas, draw_canvas, normalised_network, one_cycle
 
 _BLACK, _GREY = 0.0, 0.5
 _IMAGENET = torch.tensor([0.485, 0.456, 0.406]).reshape(3, 1, 1)
@@ -116,23 +116,13 @@ def _canvas(digits: Tensor, labels: Tensor, n: int, g: torch.Generator) -> Canva
 
 
 def _network(digits: Tensor, labels: Tensor, run: Run) -> nn.Sequential:
-    with seeded_init(run.seeds(1)[0]):
-        model = nn.Sequential(
-            nn.Conv2d(1, 24, 5, stride=2, padding=2), nn.BatchNorm2d(24), nn.ReLU(),
-            nn.Conv2d(24, 48, 3, padding=1), nn.BatchNorm2d(48), nn.ReLU(),
-            nn.Conv2d(48, 64, 3, padding=1), nn.BatchNorm2d(64), nn.ReLU(),
-            nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(64, 10),
-        )  # fmt: skip
-    g, steps = run.generator("training"), 700
-    optimiser = torch.optim.AdamW(model.parameters(), lr=4e-3, weight_decay=1e-2)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimiser, 4e-3, total_steps=steps)
-    for _ in range(steps):
+    model, g = normalised_network(run.seeds(1)[0], nn.AdaptiveAvgPool2d(1)), run.generator("training")
+
+    def loss() -> Tensor:
         batch = _canvas(digits, labels, 128, g)
-        optimiser.zero_grad()
-        functional.cross_entropy(model(batch.x), batch.y).backward()
-        optimiser.step()
-        schedule.step()
-    return model.eval().requires_grad_(False)
+        return functional.cross_entropy(model(batch.x), batch.y)
+
+    return one_cycle(model, loss, 700, 4e-3)
 
 
 def _reports(

@@ -11,9 +11,14 @@ from perturbkit.core import around
 from perturbkit.core.random import randperm, uniform
 from perturbkit.robust import projected_gradient
 
-__all__ = ["accuracy", "fill", "fit", "robust_accuracy", "small_network"]
+__all__ = ["accuracy", "fill", "fit", "robust_accuracy", "small_network", "stream"]
 
 Loss = Callable[[nn.Module, Tensor, Tensor], Tensor]
+
+
+def stream(seed: int, number: int) -> torch.Generator:
+    """Return one of ten generators of a repetition."""
+    return torch.Generator().manual_seed(10 * seed + number)
 
 
 def small_network(generator: torch.Generator, width: int = 8, hidden: int = 64) -> nn.Sequential:

@@ -8,6 +8,7 @@ network. The same constraint with its sign drawn at random is the control.
 from __future__ import annotations
 
 import copy
+from statistics import fmean
 from typing import Any
 
 import torch
@@ -16,7 +17,7 @@ from torch import Tensor, nn
 
 from perturbkit.core.random import rademacher
 from perturbkit.papers import Comparison, Evidence, Run, paper
-from perturbkit.papers.robust._digits import accuracy, robust_accuracy
+from perturbkit.papers.robust._digits import accuracy, robust_accuracy, stream
 from perturbkit.robust import ConvergeSmooth, adversarial_train, fast_adversarial_train
 
 _RADIUS = 0.2
@@ -64,11 +65,11 @@ def reproduce(run: Run) -> Evidence:
         for name in curves:
 
             def evaluate(net: nn.Module, seed: int = seed) -> float:
-                return robust_accuracy(net, test.x, test.y, _RADIUS, _generator(seed, 2))
+                return robust_accuracy(net, test.x, test.y, _RADIUS, stream(seed, 2))
 
             net = copy.deepcopy(digits_classifier(28).module).requires_grad_(True)
             shared: dict[str, Any] = {
-                "batch_size": 100, "drops": (0.9,), "evaluate": evaluate, "generator": _generator(seed, 1)
+                "batch_size": 100, "drops": (0.9,), "evaluate": evaluate, "generator": stream(seed, 1)
             }  # fmt: skip
             if name == "five steps":
                 parts: list[float] = []
@@ -89,7 +90,7 @@ def reproduce(run: Run) -> Evidence:
                 smooth = {
                     "single step": None,
                     "smooth": ConvergeSmooth(),
-                    "random sign": _RandomSign(_generator(seed, 3)),
+                    "random sign": _RandomSign(stream(seed, 3)),
                 }[name]
                 history = fast_adversarial_train(
                     net, train.x, train.y, _RADIUS, epochs=_EPOCHS, attack_step=_STEP * _RADIUS, smooth=smooth, **shared
@@ -113,7 +114,7 @@ def reproduce(run: Run) -> Evidence:
         ),
     ]  # fmt: skip
     numbers = ", ".join(
-        f"{n} {_mean(best[n]):.3f} / {_mean(last[n]):.3f} / {_mean(clean[n]):.3f}" for n in curves
+        f"{n} {fmean(best[n]):.3f} / {fmean(last[n]):.3f} / {fmean(clean[n]):.3f}" for n in curves
     )
     return Evidence(
         comparisons,
@@ -133,14 +134,6 @@ def _fall(curve: list[float]) -> float:
         peak = max(peak, value)
         fall = max(fall, peak - value)
     return fall
-
-
-def _generator(seed: int, stream: int) -> torch.Generator:
-    return torch.Generator().manual_seed(10 * seed + stream)
-
-
-def _mean(values: list[float]) -> float:
-    return sum(values) / len(values)
 
 
 def _figure(curves: dict[str, list[list[float]]]) -> Figure:

@@ -8,14 +8,13 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
 from matplotlib.figure import Figure
 from torch import Tensor, nn
 from torch.nn import functional
 
 from perturbkit.core.random import randn
 from perturbkit.papers import Comparison, Evidence, Run, paper
-from perturbkit.papers.robust._digits import Loss, accuracy, fill, fit, robust_accuracy, small_network
+from perturbkit.papers.robust._digits import Loss, accuracy, fill, fit, robust_accuracy, small_network, stream
 from perturbkit.robust import JacobianRegularizer, jacobian_norm
 
 _RADII = (0.0, 0.05, 0.1, 0.15)
@@ -61,7 +60,7 @@ def reproduce(run: Run) -> Evidence:
             seed: int = seed,
             **options: Any,
         ) -> nn.Module:
-            fit(net, x, y, loss, epochs, _generator(seed, 1), **options)
+            fit(net, x, y, loss, epochs, stream(seed, 1), **options)
             return net
 
         def penalty(seed: int = seed) -> Loss:
@@ -73,8 +72,8 @@ def reproduce(run: Run) -> Evidence:
             "weight decay": trained(_digits_net(seed), train.x, train.y, _plain, 40, weight_decay=5e-3),
         }
         for name, net in nets.items():
-            noisy = test.x + _NOISE * randn(test.x.shape, generator=_generator(seed, 2))
-            curve = [robust_accuracy(net, test.x, test.y, r, _generator(seed, 3)) for r in _RADII if r > 0]
+            noisy = test.x + _NOISE * randn(test.x.shape, generator=stream(seed, 2))
+            curve = [robust_accuracy(net, test.x, test.y, r, stream(seed, 3)) for r in _RADII if r > 0]
             curves[name].append([accuracy(net, test.x, test.y), *curve])
             _add(found[name], clean=curves[name][-1][0], noise=accuracy(net, noisy, test.y))
             _add(
@@ -121,12 +120,8 @@ def _plain(net: nn.Module, x: Tensor, y: Tensor) -> Tensor:
     return functional.cross_entropy(net(x), y)
 
 
-def _generator(seed: int, stream: int) -> torch.Generator:
-    return torch.Generator().manual_seed(10 * seed + stream)
-
-
 def _digits_net(seed: int) -> nn.Sequential:
-    return small_network(_generator(seed, 0))
+    return small_network(stream(seed, 0))
 
 
 def _table_net(seed: int) -> nn.Sequential:
@@ -136,7 +131,7 @@ def _table_net(seed: int) -> nn.Sequential:
         nn.utils.skip_init(nn.Linear, 32, 32),
         nn.ReLU(),
     )
-    return fill(nn.Sequential(*layers, nn.utils.skip_init(nn.Linear, 32, 2)), _generator(seed, 0))
+    return fill(nn.Sequential(*layers, nn.utils.skip_init(nn.Linear, 32, 2)), stream(seed, 0))
 
 
 def _add(found: dict[str, list[float]], **numbers: float) -> None:

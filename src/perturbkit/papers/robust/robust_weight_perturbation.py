@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from contextlib import contextmanager
+from statistics import fmean
 
 import torch
 from matplotlib.figure import Figure
@@ -18,7 +19,7 @@ from torch import Tensor, nn
 from perturbkit.core.parameters import perturbed
 from perturbkit.core.random import randint, randperm, uniform
 from perturbkit.papers import Comparison, Evidence, Run, paper
-from perturbkit.papers.robust._digits import fill, robust_accuracy
+from perturbkit.papers.robust._digits import fill, robust_accuracy, stream
 from perturbkit.robust import (
     RobustWeightPerturbation,
     adversarial_train,
@@ -74,10 +75,10 @@ def reproduce(run: Run) -> Evidence:
     }
     curves: dict[str, list[list[float]]] = {name: [] for name in ways}
     for seed in run.seeds(3):
-        rows = randperm(len(train), generator=_generator(seed, 1))[:_ROWS]
+        rows = randperm(len(train), generator=stream(seed, 1))[:_ROWS]
         x, y = train.x[rows], train.y[rows].clone()
-        wrong = uniform(y.shape, generator=_generator(seed, 2)) < _WRONG
-        y[wrong] = randint(0, 10, (int(wrong.sum()),), generator=_generator(seed, 3))
+        wrong = uniform(y.shape, generator=stream(seed, 2)) < _WRONG
+        y[wrong] = randint(0, 10, (int(wrong.sum()),), generator=stream(seed, 3))
         for name, way in ways.items():
             curves[name].append(_robust_curve(way, x, y, test.x, test.y, seed))
     gap = {name: [max(c) - c[-1] for c in rows] for name, rows in curves.items()}
@@ -93,7 +94,7 @@ def reproduce(run: Run) -> Evidence:
         ),
     ]  # fmt: skip
     best = ", ".join(
-        f"{name} {_mean([max(c) for c in rows]):.3f} / {_mean(last[name]):.3f}"
+        f"{name} {fmean([max(c) for c in rows]):.3f} / {fmean(last[name]):.3f}"
         for name, rows in curves.items()
     )
     return Evidence(
@@ -115,13 +116,11 @@ def _robust_curve(
     def evaluate(net: nn.Module) -> float:
         nonlocal done
         done += 1
-        return (
-            robust_accuracy(net, test_x, test_y, _RADIUS, _generator(seed, 4)) if done % _EVERY == 0 else 0.0
-        )
+        return robust_accuracy(net, test_x, test_y, _RADIUS, stream(seed, 4)) if done % _EVERY == 0 else 0.0
 
     history = adversarial_train(
-        _network(_generator(seed, 0)), x, y, _RADIUS, epochs=_EPOCHS, weight_perturbation=way, n_attack_steps=5,
-        attack_step=_RADIUS / 2.5, batch_size=100, evaluate=evaluate, generator=_generator(seed, 5),
+        _network(stream(seed, 0)), x, y, _RADIUS, epochs=_EPOCHS, weight_perturbation=way, n_attack_steps=5,
+        attack_step=_RADIUS / 2.5, batch_size=100, evaluate=evaluate, generator=stream(seed, 5),
     )  # fmt: skip
     scores: list[float] = history.score[_EVERY - 1 :: _EVERY].tolist()
     return scores
@@ -134,20 +133,12 @@ def _network(generator: torch.Generator) -> nn.Sequential:
     return fill(nn.Sequential(*layers[:-1]), generator)
 
 
-def _generator(seed: int, stream: int) -> torch.Generator:
-    return torch.Generator().manual_seed(10 * seed + stream)
-
-
-def _mean(values: list[float]) -> float:
-    return sum(values) / len(values)
-
-
 def _figure(curves: dict[str, list[list[float]]]) -> Figure:
     figure = Figure(figsize=(5, 3.2), layout="constrained")
     ax = figure.subplots()
     epochs = range(_EVERY, _EPOCHS + 1, _EVERY)
     for i, (name, rows) in enumerate(curves.items()):
-        ax.plot(epochs, [_mean(list(c)) for c in zip(*rows, strict=True)], color=f"C{i}", label=name)
+        ax.plot(epochs, [fmean(c) for c in zip(*rows, strict=True)], color=f"C{i}", label=name)
     ax.set_xlabel("epoch")
     ax.set_ylabel(f"accuracy under attack at {_RADIUS}")
     ax.legend(frameon=False)

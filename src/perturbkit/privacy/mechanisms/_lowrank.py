@@ -13,6 +13,7 @@ from perturbkit.privacy._noise import Noise
 
 
 def matrix(A: Any, rank: int) -> Tensor:
+    """Check a matrix of preferences and the rank asked of it."""
     checks.tensor("A", A, ndim=2)
     checks.integer("rank", rank, low=1, high=min(A.shape))
     if not bool(A.any()):
@@ -21,6 +22,7 @@ def matrix(A: Any, rank: int) -> Tensor:
 
 
 def projected(row: Tensor, right: Tensor) -> Tensor:
+    """Return a row in the space of right singular vectors."""
     return right @ (right.mT @ row)
 
 
@@ -91,6 +93,7 @@ def subspace(A: Tensor, start: Tensor) -> Tensor:
 
 
 def entries(source: Noise, A: Tensor, user: int, n: int) -> Tensor:
+    """Draw places of ratings, half of them the user's own."""
     m, products = A.shape
     own = n // 2
     users = np.concatenate([np.full(own, user), source.below(np.full(n - own, m))])
@@ -98,6 +101,7 @@ def entries(source: Noise, A: Tensor, user: int, n: int) -> Tensor:
 
 
 def checked_entries(entries: Tensor, A: Tensor) -> Tensor:
+    """Check places of ratings, (n, 2), against the matrix."""
     checks.tensor("entries", entries, shape=(None, 2), floating=False)
     if entries.is_floating_point():
         raise checks.ArgumentTypeError(

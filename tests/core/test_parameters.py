@@ -108,14 +108,14 @@ def test_weights_come_back_after_an_exception_while_perturbing(monkeypatch: pyte
     before = bits(flatten(module)).clone()
     calls = []
 
-    def failing(count: Tensor) -> object:
+    def failing(weight: Tensor, back: Tensor) -> object:
         calls.append(1)
         if len(calls) == 2:
             raise MemoryError
-        return original(count)
+        return original(weight, back)
 
-    original = parameters._compact
-    monkeypatch.setattr(parameters, "_compact", failing)
+    original = parameters._lost
+    monkeypatch.setattr(parameters, "_lost", failing)
     with pytest.raises(MemoryError), perturbed(module, 1, 0.5):
         pass
     assert torch.equal(bits(flatten(module)), before)
@@ -133,6 +133,50 @@ def test_little_is_kept_for_a_small_perturbation(dtype: torch.dtype, share: floa
     with perturbed(module, 3, 100.0) as kept:
         # Weights whose digits are lost have to be kept, but never more than a copy.
         assert 0.5 * copy <= kept.nbytes <= copy
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_rescaling_moves_along_the_same_direction_and_still_restores(dtype: torch.dtype) -> None:
+    module = Weights(wild(4, dtype))
+    before = [bits(p).clone() for p in module.parameters()]
+    with perturbed(module, 9, 0.3) as kept:
+        kept.rescale(-0.7)
+        inside = flatten(module)
+        with torch.no_grad():
+            assert kept.scale == -0.7
+    with perturbed(module, 9, -0.7):
+        assert torch.equal(bits(inside), bits(flatten(module)))
+    assert all(torch.equal(bits(p), b) for p, b in zip(module.parameters(), before, strict=True))
+
+
+@pytest.mark.parametrize("layout", ["contiguous", "transposed"])
+def test_large_and_transposed_parameters_are_moved_whole_and_restored(layout: str) -> None:
+    g = torch.Generator().manual_seed(2)
+    weight = torch.randn(300, 500, generator=g)
+    p = nn.Parameter(weight.T if layout == "transposed" else weight)
+    before = p.detach().clone()
+    z = seeded_direction([p], 1).reshape(p.shape)
+    assert abs(float(z.std()) - 1) < 0.01
+    with perturbed([p], 1, 0.5):
+        torch.testing.assert_close(p.detach(), before + 0.5 * z)
+    assert torch.equal(p, before)
+    step([p], 1, 2.0)
+    torch.testing.assert_close(p.detach(), before + 2 * z)
+
+
+def test_parameters_may_be_given_instead_of_their_module_and_each_have_a_factor() -> None:
+    module = net()
+    before, z = flatten(module), seeded_direction(module, 3)
+    assert torch.equal(z, seeded_direction(module.parameters(), 3))
+    factors = [0.0, 1.0, -2.0, 0.5, 3.0, 4.0]
+    each = torch.cat(
+        [
+            torch.full((p.numel(),), f, dtype=p.dtype)
+            for p, f in zip(module.parameters(), factors, strict=True)
+        ]
+    )
+    step(module.parameters(), 3, factors)
+    torch.testing.assert_close(flatten(module), before + each * z)
 
 
 def test_the_graph_and_modes_are_left_alone() -> None:
@@ -231,6 +275,8 @@ def test_global_generator_is_untouched() -> None:
         (lambda: assign(nn.Linear(1, 1), [1.0, 2.0]), "a list"),
         (lambda: step(nn.Linear(1, 1), 0.5, 1.0), "seed"),
         (lambda: step(nn.Linear(1, 1), 0, float("inf")), "scale"),
+        (lambda: step(nn.Linear(1, 1), 0, [1.0]), "1 factors; allowed: one, or 2"),
+        (lambda: step(torch.ones(3), 0, 1.0), "a Tensor"),
         (lambda: step(nn.Linear(1, 1), 0, 1.0, "uniform"), "distribution"),
         (lambda: perturbed(nn.Linear(1, 1), 0, 1.0, "uniform").__enter__(), "distribution"),
         (lambda: perturbed(nn.Linear(1, 1), None, 1.0).__enter__(), "seed"),

@@ -25,15 +25,22 @@ from .noise import VESchedule as VESchedule
 from .noise import VPSchedule as VPSchedule
 from .noise import convert_prediction as convert_prediction
 from .noise import ddim_step as ddim_step
+from .optimizers import Closure as Closure
+from .optimizers import Replay as Replay
+from .optimizers import WrappingOptimizer as WrappingOptimizer
+from .optimizers import displaced as displaced
+from .optimizers import loss_value as loss_value
 from .oracle import Oracle as Oracle
 from .oracle import parse_memory as parse_memory
 from .oracle import target_rows as target_rows
 from .oracle import unwrap_output as unwrap_output
 from .parameters import Restorer as Restorer
+from .parameters import Weights as Weights
 from .parameters import assign as assign
 from .parameters import flatten as flatten
 from .parameters import functional as functional
 from .parameters import keeping_modes as keeping_modes
+from .parameters import moved as moved
 from .parameters import perturbed as perturbed
 from .parameters import seeded_direction as seeded_direction
 from .parameters import step as step
@@ -66,6 +73,7 @@ from .results import AttackResult as AttackResult
 from .results import Attribution as Attribution
 from .results import Certificate as Certificate
 from .results import Cost as Cost
+from .results import Minimum as Minimum
 from .results import Result as Result
 from .results import SampleResult as SampleResult
 from .statistics import Interval as Interval
@@ -74,3 +82,4 @@ from .statistics import bootstrap_interval as bootstrap_interval
 from .statistics import clopper_pearson as clopper_pearson
 from .statistics import conformal_quantile as conformal_quantile
 from .statistics import paired_comparison as paired_comparison
+from .workers import run_workers as run_workers

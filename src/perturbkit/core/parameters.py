@@ -7,9 +7,8 @@ methods for large models need (Malladi et al., 2023, arXiv:2305.17333).
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import torch
@@ -19,10 +18,12 @@ from perturbkit.core import checks, random
 
 __all__ = [
     "Restorer",
+    "Weights",
     "assign",
     "flatten",
     "functional",
     "keeping_modes",
+    "moved",
     "perturbed",
     "seeded_direction",
     "step",
@@ -30,7 +31,12 @@ __all__ = [
 ]
 
 Direction = Literal["gaussian", "rademacher"]
+Weights = nn.Module | Iterable[Tensor]
 
+# Where and what :func:`perturbed` keeps of a parameter; nowhere and nothing, to begin with.
+_NOTHING: tuple[Tensor | None, Tensor] = (torch.empty(0, dtype=torch.int32), torch.empty(0))
+# Numbers of a parameter that are worked on at a time, on accelerators and on processors.
+_PIECE = (2**24, 2**16)
 _INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
@@ -147,14 +153,14 @@ def functional(module: nn.Module, *, trainable_only: bool = True) -> Callable[..
 
 
 def seeded_direction(
-    module: nn.Module, seed: int, distribution: Direction = "gaussian", *, trainable_only: bool = True
+    weights: Weights, seed: int, distribution: Direction = "gaussian", *, trainable_only: bool = True
 ) -> Tensor:
     """Return the direction z(seed) that :func:`perturbed` and :func:`step` add, as one vector.
 
     Parameters
     ----------
-    module : nn.Module
-        Gives the shapes.
+    weights : nn.Module or iterable of Tensor
+        Gives the shapes: a module, or its parameters.
     seed : int
         Seed of the direction.
     distribution : {"gaussian", "rademacher"}
@@ -173,28 +179,28 @@ def seeded_direction(
     >>> bool(torch.equal(seeded_direction(net, 7), seeded_direction(net, 7)))
     True
     """
-    parameters = list(_parameters(module, trainable_only).values())
-    return torch.cat([z.reshape(-1) for z in _directions(parameters, seed, distribution)])
+    pieces = [piece for p in _parameters(weights, trainable_only).values() for piece in _pieces(p)]
+    return torch.cat([z.reshape(-1) for z in _directions(pieces, seed, distribution)])
 
 
 def step(
-    module: nn.Module,
+    weights: Weights,
     seed: int,
-    scale: float,
+    scale: float | Sequence[float],
     distribution: Direction = "gaussian",
     *,
     trainable_only: bool = True,
 ) -> None:
-    """Add ``scale * z(seed)`` to a module's parameters, in place and for good.
+    """Add ``scale * z(seed)`` to parameters, in place and for good.
 
     Parameters
     ----------
-    module : nn.Module
-        The module.
+    weights : nn.Module or iterable of Tensor
+        The module, or its parameters.
     seed : int
         Seed of the direction.
-    scale : float
-        Its factor, of either sign.
+    scale : float or sequence of float
+        Its factor, of either sign; or one factor a parameter.
     distribution : {"gaussian", "rademacher"}
         Distribution of the direction.
     trainable_only : bool
@@ -202,7 +208,7 @@ def step(
 
     Notes
     -----
-    Needs memory for the direction of the largest parameter only.
+    Needs memory for a piece of the direction only, of about a million numbers.
 
     Examples
     --------
@@ -212,29 +218,55 @@ def step(
     >>> bool(torch.allclose(flatten(net), before - 0.1 * seeded_direction(net, 3)))
     True
     """
-    factor = _scale(scale)
-    parameters = list(_parameters(module, trainable_only).values())
+    parameters = list(_parameters(weights, trainable_only).values())
+    scaled = zip(parameters, _scales(scale, len(parameters)), strict=True)
+    pieces = [(piece, factor) for p, factor in scaled for piece in _pieces(p)]
+    directions = _directions([piece for piece, _ in pieces], seed, distribution)
     with torch.no_grad():
-        for p, z in zip(parameters, _directions(parameters, seed, distribution), strict=True):
-            p.copy_(_shifted(p, z.mul_(factor)))
+        for (piece, factor), z in zip(pieces, directions, strict=True):
+            piece.copy_(_shifted(piece, z.mul_(factor)))
 
 
-@dataclass
 class Restorer:
-    """What :func:`perturbed` keeps to restore the weights.
+    """What :func:`perturbed` keeps to restore the weights, and moves them with.
 
     Attributes
     ----------
-    nbytes : int
-        Bytes kept, all parameters together.
+    scale : float
+        The direction's present factor.
     """
 
-    _kept: list[tuple[Tensor | None, Tensor | None]] = field(default_factory=list)
+    def __init__(self, pieces: list[Tensor], draw: Callable[[], Iterable[Tensor]]) -> None:
+        self.scale = 0.0
+        self._pieces, self._draw = pieces, draw
+        self._kept: list[tuple[Tensor | None, Tensor]] = [_NOTHING] * len(pieces)
+        self._scales = [0.0] * len(pieces)
 
     @property
     def nbytes(self) -> int:
         """Bytes kept, all parameters together."""
         return sum(t.nbytes for pair in self._kept for t in pair if t is not None)
+
+    def rescale(self, scale: float) -> None:
+        """Move the weights to ``w + scale * z``, in one pass over the direction.
+
+        Parameters
+        ----------
+        scale : float
+            New factor of the direction, of either sign; zero puts the weights back.
+        """
+        self.scale = factor = _scale(scale)
+        with torch.no_grad():
+            for i, (piece, z) in enumerate(zip(self._pieces, self._draw(), strict=True)):
+                weight = _restored(piece, z, self._scales[i], self._kept[i])
+                kept = _NOTHING
+                if factor != 0:
+                    target = _shifted(weight, z.mul_(factor))
+                    kept = _lost(weight, _shifted(target, z.neg_()))
+                    weight = target
+                # From here to the next piece nothing can fail, so that every one is whole.
+                piece.copy_(weight)
+                self._scales[i], self._kept[i] = factor, kept
 
 
 @contextmanager
@@ -259,19 +291,19 @@ def keeping_modes(model: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def perturbed(
-    module: nn.Module,
+    weights: Weights,
     seed: int,
     scale: float,
     distribution: Direction = "gaussian",
     *,
     trainable_only: bool = True,
 ) -> Iterator[Restorer]:
-    r"""Add ``scale * z(seed)`` to a module's parameters inside a ``with``, and restore them bit for bit after it.
+    r"""Add ``scale * z(seed)`` to parameters inside a ``with``, and restore them bit for bit after it.
 
     Parameters
     ----------
-    module : nn.Module
-        The module. Its parameters must not be changed by others inside the ``with``; perturbations may be
+    weights : nn.Module or iterable of Tensor
+        The module, or its parameters, which must not be changed by others inside the ``with``; perturbations may be
         nested.
     seed : int
         Seed of the direction.
@@ -285,18 +317,16 @@ def perturbed(
     Yields
     ------
     Restorer
-        Says how many bytes are kept.
+        Its ``rescale`` moves the weights to another multiple of the same direction; says how many bytes are kept.
 
     Notes
     -----
     Subtracting the same direction again, :math:`\mathrm{fl}(\mathrm{fl}(w + \sigma z) - \sigma z)`, gives
-    :math:`w` up to the rounding of the two operations, so that weights drift when many perturbations follow one
-    another. What is kept is the difference of the two as a count of floating-point numbers in between: zero for
-    almost every weight that is larger than its perturbation and does not cross a power of two. Counts that are
-    not zero are kept with their positions, or, where they are many, as the narrowest integers that hold them.
-    For perturbations of a thousandth of the weights this is about a percent of a copy; for perturbations much
-    larger than the weights it approaches a copy, since those destroy the weights' digits. The direction is
-    regenerated from its seed, one parameter at a time.
+    :math:`w` back for almost every weight that is larger than its perturbation and does not cross a power of two.
+    The others would drift when many perturbations follow one another: they are kept, with their positions. For
+    perturbations of a thousandth of the weights that is a few percent of a copy; for perturbations as large as the
+    weights it is a copy, since those destroy the weights' digits. The direction is regenerated from its seed, on the
+    parameters' device, one piece at a time.
 
     Examples
     --------
@@ -308,40 +338,71 @@ def perturbed(
     (True, False, True)
     """
     factor = _scale(scale)
-    parameters = list(_parameters(module, trainable_only).values())
-    restorer = Restorer()
     # Checked here, so that a refusal comes before the first change.
     checks.one_of("distribution", distribution, ("gaussian", "rademacher"))
+    pieces = [piece for p in _parameters(weights, trainable_only).values() for piece in _pieces(p)]
+    checks.integer("seed", seed)
+    with moved(pieces, lambda: _directions(pieces, seed, distribution), factor) as restorer:
+        yield restorer
+
+
+@contextmanager
+def moved(
+    weights: Sequence[Tensor], directions: Callable[[], Iterable[Tensor]], scale: float
+) -> Iterator[Restorer]:
+    """Add ``scale`` times a direction that can be made again to parameters inside a ``with``; see :func:`perturbed`.
+
+    Parameters
+    ----------
+    weights : sequence of Tensor
+        Parameters.
+    directions : callable
+        ``directions()`` yields one tensor a parameter, of its shape and the same numbers every time, new ones: they are
+        overwritten.
+    scale : float
+        The direction's factor, of either sign.
+
+    Yields
+    ------
+    Restorer
+        Its ``rescale`` moves the weights to another multiple of the direction.
+
+    Examples
+    --------
+    >>> w = torch.tensor([1.0])
+    >>> with moved([w], lambda: [torch.tensor([2.0])], 0.5) as at:
+    ...     print(float(w))
+    ...     at.rescale(-0.5)
+    ...     print(float(w))
+    2.0
+    0.0
+    >>> float(w)
+    1.0
+    """
+    restorer = Restorer([p.detach() for p in weights], directions)
     try:
-        with torch.no_grad():
-            for p, z in zip(parameters, _directions(parameters, seed, distribution), strict=True):
-                z.mul_(factor)
-                target = _shifted(p, z)
-                count = _ordered(p) - _ordered(_shifted(target, z.neg_()))
-                restorer._kept.append(_compact(count))
-                p.copy_(target)
+        restorer.rescale(scale)
         yield restorer
     finally:
-        done = parameters[: len(restorer._kept)]
-        with torch.no_grad():
-            for p, z, kept in zip(done, _directions(done, seed, distribution), restorer._kept, strict=True):
-                count = _ordered(_shifted(p, z.mul_(factor).neg_()))
-                p.copy_(_from_ordered(_add_compact(count, kept), p))
+        restorer.rescale(0.0)
 
 
-def _parameters(module: nn.Module, trainable_only: bool) -> dict[str, nn.Parameter]:
-    if not isinstance(module, nn.Module):
+def _parameters(weights: Weights, trainable_only: bool) -> dict[str, Tensor]:
+    if isinstance(weights, nn.Module):
+        named: Iterable[tuple[str, Tensor]] = weights.named_parameters()
+    elif isinstance(weights, Iterable) and not isinstance(weights, (Tensor, str)):
+        named = ((str(i), p) for i, p in enumerate(weights))
+    else:
         raise checks.ArgumentTypeError(
-            f"module is a {type(module).__name__}; allowed: an nn.Module. Pass the model itself."
+            f"module is a {type(weights).__name__}; allowed: an nn.Module, or an iterable of its parameters where a "
+            "direction is added. Pass the model itself."
         )
     found = {
-        name: p
-        for name, p in module.named_parameters()
-        if p.is_floating_point() and (p.requires_grad or not trainable_only)
+        name: p for name, p in named if p.is_floating_point() and (p.requires_grad or not trainable_only)
     }
     if not found:
         raise checks.ArgumentError(
-            f"the {type(module).__name__} has no {'trainable ' if trainable_only else ''}parameters; allowed: at "
+            f"the {type(weights).__name__} has no {'trainable ' if trainable_only else ''}parameters; allowed: at "
             "least one of a floating-point dtype. Pass trainable_only=False, or set requires_grad."
         )
     return found
@@ -351,14 +412,37 @@ def _scale(scale: float) -> float:
     return checks.between("scale", scale, -float("inf"), float("inf"))
 
 
-def _directions(parameters: list[nn.Parameter], seed: int, distribution: Direction) -> Iterator[Tensor]:
-    """Yield the direction of each parameter, in order, in single precision at least."""
+def _scales(scale: float | Sequence[float], n: int) -> list[float]:
+    if not isinstance(scale, Sequence):
+        return [_scale(scale)] * n
+    if len(scale) != n:
+        raise checks.ArgumentError(
+            f"scale has {len(scale)} factors; allowed: one, or {n}, one a parameter. Leave out those of frozen parameters."
+        )
+    return [_scale(s) for s in scale]
+
+
+def _pieces(parameter: Tensor) -> tuple[Tensor, ...]:
+    """Return views of a parameter that are small enough for a processor's cache, if it is contiguous."""
+    if not parameter.is_contiguous():
+        return (parameter.detach(),)
+    return parameter.detach().view(-1).split(_PIECE[parameter.device.type == "cpu"])
+
+
+def _directions(pieces: Sequence[Tensor], seed: int, distribution: Direction) -> Iterator[Tensor]:
+    """Yield the direction of each piece of the parameters, in order, in single precision at least.
+
+    Drawn where the parameter lies: numbers drawn on another device would cost more to move than the step.
+    """
     checks.one_of("distribution", distribution, ("gaussian", "rademacher"))
-    generator = random.as_generator(checks.integer("seed", seed))
+    number = checks.integer("seed", seed)
     draw = random.randn if distribution == "gaussian" else random.rademacher
-    for p in parameters:
+    generators: dict[torch.device, torch.Generator] = {}
+    for p in pieces:
+        if p.device not in generators:
+            generators[p.device] = torch.Generator(device=p.device).manual_seed(number)
         wide = torch.promote_types(p.dtype, torch.float32)
-        yield draw(p.shape, generator=generator, dtype=wide, device=p.device)
+        yield draw(p.shape, generator=generators[p.device], dtype=wide, device=p.device)
 
 
 def _shifted(weight: Tensor, shift: Tensor) -> Tensor:
@@ -369,38 +453,25 @@ def _shifted(weight: Tensor, shift: Tensor) -> Tensor:
     return (weight.to(shift.dtype) + shift).to(weight.dtype)
 
 
-def _ordered(weight: Tensor) -> Tensor:
-    """Return floating-point numbers as integers in the same order, neighbours one apart; a bijection of bits."""
+def _lost(weight: Tensor, back: Tensor) -> tuple[Tensor | None, Tensor]:
+    """Return the weights that did not come back, and where they are; or all of them, if that is less to hold."""
+    flat = weight.detach().reshape(-1)
     kind = _INTEGERS[weight.element_size()]
-    bits = weight.detach().reshape(-1).view(kind)
-    return torch.where(bits < 0, bits ^ torch.iinfo(kind).max, bits)
+    # Bits are compared, so that zeros keep their sign and what is not a number comes back too.
+    positions = (flat.view(kind) != back.reshape(-1).view(kind)).nonzero()[:, 0]
+    position = torch.int32 if len(flat) <= torch.iinfo(torch.int32).max else torch.int64
+    if len(positions) * (weight.element_size() + position.itemsize) < len(flat) * weight.element_size():
+        return positions.to(position), flat[positions]
+    return None, flat.clone()
 
 
-def _from_ordered(order: Tensor, like: Tensor) -> Tensor:
-    bits = torch.where(order < 0, order ^ torch.iinfo(order.dtype).max, order)
-    return bits.view(like.dtype).reshape(like.shape)
-
-
-def _compact(count: Tensor) -> tuple[Tensor | None, Tensor | None]:
-    """Return positions and counts that are not zero, or ``None`` and all counts, whichever is smaller."""
-    nonzero = count.nonzero()[:, 0]
-    if len(nonzero) == 0:
-        return None, None
-    low, high = int(count.min()), int(count.max())
-    narrow = next(
-        kind for kind in _INTEGERS.values() if torch.iinfo(kind).min <= low and high <= torch.iinfo(kind).max
-    )
-    position = torch.int32 if len(count) <= torch.iinfo(torch.int32).max else torch.int64
-    if len(nonzero) * (narrow.itemsize + position.itemsize) < len(count) * narrow.itemsize:
-        return nonzero.to(position), count[nonzero].to(narrow)
-    return None, count.to(narrow)
-
-
-def _add_compact(order: Tensor, kept: tuple[Tensor | None, Tensor | None]) -> Tensor:
-    # Integers wrap around, here as in the difference, so that the sum is exact at any distance.
-    positions, counts = kept
-    if counts is None:
-        return order
+def _restored(weight: Tensor, direction: Tensor, scale: float, kept: tuple[Tensor | None, Tensor]) -> Tensor:
+    positions, values = kept
     if positions is None:
-        return order + counts.to(order.dtype)
-    return order.index_add(0, positions, counts.to(order.dtype))
+        return values.reshape(weight.shape)
+    if scale == 0:
+        return weight.detach()
+    back = _shifted(weight, direction * -scale).reshape(-1)
+    if len(positions):
+        back[positions] = values
+    return back.reshape(weight.shape)

@@ -21,6 +21,7 @@ from perturbkit.core import checks
 __all__ = [
     "Seed",
     "as_generator",
+    "mixed_seed",
     "numpy_generator",
     "rademacher",
     "randint",
@@ -109,6 +110,18 @@ def seeds(generator: torch.Generator, n: int) -> list[int]:
     """Draw ``n`` independent 63-bit seeds, for workers and for perturbations that are redrawn later."""
     drawn = torch.randint(0, 2**63 - 1, (n,), generator=generator, device=generator.device)
     return [int(s) for s in drawn]
+
+
+def mixed_seed(*numbers: int) -> int:
+    """Return one 63-bit seed that depends on every number and on their order, the same on every machine.
+
+    Examples
+    --------
+    >>> mixed_seed(7, 0, 1) == mixed_seed(7, 0, 1), mixed_seed(7, 0, 1) == mixed_seed(7, 1, 0)
+    (True, False)
+    """
+    entropy = [checks.integer("numbers", n, low=0) for n in numbers]
+    return int(np.random.SeedSequence(entropy).generate_state(1, np.uint64)[0] >> 1)
 
 
 def _like(like: Tensor | None, dtype: torch.dtype | None, device: Any) -> tuple[torch.dtype | None, Any]:

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     import pandas as pd
     from matplotlib.axes import Axes
 
-__all__ = ["AttackResult", "Attribution", "Certificate", "Cost", "Result", "SampleResult"]
+__all__ = ["AttackResult", "Attribution", "Certificate", "Cost", "Minimum", "Result", "SampleResult"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -174,6 +174,37 @@ class Cost(Result):
 
     def __sub__(self, other: Cost) -> Cost:
         return Cost(self.nfev - other.nfev, self.ngrad - other.ngrad, self.njvp - other.njvp)
+
+
+@dataclass(frozen=True, eq=False)
+class Minimum(Result):
+    """Where a solver ended, why, and what it cost.
+
+    Attributes
+    ----------
+    x : Tensor, shape (..., d)
+        Solution, one row a run where several were started.
+    fun : Tensor, shape (...,)
+        Objective there.
+    converged : bool
+        Whether the stopping rule was met, by all runs.
+    message : str
+        Why it stopped.
+    history : Tensor, shape (iterations, ...)
+        What the solver knew of the objective, or of its stopping statistic, at each iteration; see the solver.
+    gap : Tensor, shape (...,), or None
+        Certificate: the objective at ``x`` is at most this much above the minimum, where the solver has one.
+    cost : Cost
+        Evaluations and gradients of the objective, all runs together.
+    """
+
+    x: Tensor
+    fun: Tensor
+    converged: bool
+    message: str
+    history: Tensor
+    gap: Tensor | None = None
+    cost: Cost = Cost()
 
 
 @dataclass(frozen=True, eq=False)

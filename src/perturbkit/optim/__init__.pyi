@@ -1,3 +1,13 @@
 from .forward.forward_gradient import ForwardSGD as ForwardSGD
 from .forward.forward_gradient import forward_gradient as forward_gradient
 from .forward.forward_gradient import forward_gradient_variance as forward_gradient_variance
+from .sharpness.amp import AMP as AMP
+from .sharpness.amp import amp_loss as amp_loss
+from .zeroth.one_byte_gradients import OneByteHistory as OneByteHistory
+from .zeroth.one_byte_gradients import OneByteSPSA as OneByteSPSA
+from .zeroth.one_byte_gradients import decode_gradient as decode_gradient
+from .zeroth.one_byte_gradients import encode_gradient as encode_gradient
+from .zeroth.one_byte_gradients import simulate_one_byte as simulate_one_byte
+from .zeroth.perturbed_two_point import ZeroOrderSGD as ZeroOrderSGD
+from .zeroth.perturbed_two_point import is_second_order as is_second_order
+from .zeroth.perturbed_two_point import minimize_perturbed_two_point as minimize_perturbed_two_point

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from perturbkit.core.random import randint, randn
 from perturbkit.optim import ForwardSGD
 from perturbkit.papers import Comparison, Evidence, Run, paper
+from perturbkit.papers.optim._digits import Digits, accuracy, load
 
 
 @paper(
@@ -34,10 +35,7 @@ from perturbkit.papers import Comparison, Evidence, Run, paper
 )
 def reproduce(run: Run) -> Evidence:
     """Accuracy of two models, its growth with the directions, and the cost of a step."""
-    from perturbkit.data import load_digits8
-
-    train, test = load_digits8().split(run.generator("split"), (0.8, 0.2))
-    data = (train.x.flatten(1), train.y, test.x.flatten(1), test.y)
+    data = load(run)
     seeds = run.seeds(2)
     linear = [_train(_linear(s), data, s, lr=0.3, directions=64, steps=2500) for s in seeds]
     network = [_train(_network(s), data, s, lr=0.1, directions=64, steps=1500) for s in seeds]
@@ -63,7 +61,7 @@ def reproduce(run: Run) -> Evidence:
         Comparison("accuracy after 600 steps, 100 directions against backpropagation", grown[100], by_backprop, "higher", margin=-0.05),
         Comparison("tensors saved for a backward pass", _saved(data), 0, "equal"),
         Comparison(
-            "test accuracy, untrained", _accuracy(_network(seeds[0]), data), 0.90, "higher", control=True,
+            "test accuracy, untrained", accuracy(_network(seeds[0]), data), 0.90, "higher", control=True,
             note="must fail: nothing was learned",
         ),
     ]  # fmt: skip
@@ -73,9 +71,6 @@ def reproduce(run: Run) -> Evidence:
         notes=f"A step with one direction takes {forward / backward:.1f} times as long as one of backpropagation on this "
         "network, whose passes are too small to show the ratio of large ones.",
     )  # fmt: skip
-
-
-Data = tuple[Tensor, Tensor, Tensor, Tensor]
 
 
 def _initialised(net: nn.Module, seed: int) -> nn.Module:
@@ -93,7 +88,7 @@ def _network(seed: int) -> nn.Module:
     return _initialised(nn.Sequential(nn.Linear(64, 32), nn.ReLU(), nn.Linear(32, 10)), seed)
 
 
-def _train(net: nn.Module, data: Data, seed: int, *, lr: float, directions: int, steps: int) -> float:
+def _train(net: nn.Module, data: Digits, seed: int, *, lr: float, directions: int, steps: int) -> float:
     """Train by forward gradients, or by backpropagation for no directions; return the test accuracy."""
     x, y = data[:2]
     g = torch.Generator().manual_seed(seed)
@@ -108,19 +103,14 @@ def _train(net: nn.Module, data: Data, seed: int, *, lr: float, directions: int,
             plain.zero_grad()
             loss(net).backward()
             plain.step()
-    return _accuracy(net, data)
+    return accuracy(net, data)
 
 
 def _loss(x: Tensor, y: Tensor) -> Callable[[Callable[..., Any]], Tensor]:
     return lambda model: nn.functional.cross_entropy(model(x), y)
 
 
-def _accuracy(net: nn.Module, data: Data) -> float:
-    with torch.no_grad():
-        return float((net(data[2]).argmax(1) == data[3]).double().mean())
-
-
-def _saved(data: Data) -> int:
+def _saved(data: Digits) -> int:
     saved: list[Tensor] = []
 
     def keep(t: Tensor) -> Tensor:
@@ -132,7 +122,7 @@ def _saved(data: Data) -> int:
     return len(saved)
 
 
-def _seconds_a_step(data: Data, directions: int, steps: int = 200) -> float:
+def _seconds_a_step(data: Digits, directions: int, steps: int = 200) -> float:
     started = time.perf_counter()
     _train(_network(0), data, 0, lr=0.01, directions=directions, steps=steps)
     return (time.perf_counter() - started) / steps

@@ -1,0 +1,233 @@
+"""What optimizers that perturb share: the same batch evaluated again, weights moved and put back, an optimizer inside.
+
+A method that needs the loss or gradient at displaced weights evaluates the user's closure several times a step. Every
+evaluation must see the same batch, the same dropout masks and the same running statistics, or the difference measures
+those instead of the displacement: :class:`Replay` takes care of it. :func:`displaced` moves weights and puts them back
+bit for bit, and :class:`WrappingOptimizer` hands the changed gradient to any PyTorch optimizer.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from perturbkit.core import checks
+
+__all__ = ["Closure", "Replay", "WrappingOptimizer", "displaced", "loss_value"]
+
+Closure = Callable[[], Any]
+
+
+class Replay:
+    """A closure that can be evaluated again under the same random numbers, leaving the running statistics alone.
+
+    Parameters
+    ----------
+    closure : callable
+        ``closure() -> loss``, the loss of one batch; it clears gradients and calls ``backward`` itself where the method
+        needs gradients, as closures of PyTorch optimizers do.
+    weights : iterable of Tensor
+        The parameters; their devices' generators are replayed.
+    model : nn.Module, optional
+        Where given, its buffers (running means of batch normalisation) are updated by the first evaluation only.
+    gradients : bool
+        Whether the evaluations record a graph.
+
+    Raises
+    ------
+    ArgumentTypeError
+        If the closure cannot be called.
+
+    Notes
+    -----
+    After any number of evaluations the global generators and buffers are as after one.
+
+    Examples
+    --------
+    >>> import torch
+    >>> drop = nn.Dropout()
+    >>> again = Replay(lambda: drop(torch.ones(8)).sum())
+    >>> bool(again() == again())
+    True
+    """
+
+    def __init__(
+        self,
+        closure: Closure | None,
+        weights: Iterable[Tensor] = (),
+        model: nn.Module | None = None,
+        *,
+        gradients: bool = True,
+    ) -> None:
+        if not callable(closure):
+            raise checks.ArgumentTypeError(
+                f"closure is {closure!r}; allowed: a function without arguments that evaluates the loss of one batch. "
+                "Pass step(closure), as for torch.optim.LBFGS."
+            )
+        self._closure, self._model, self._gradients = closure, model, gradients
+        self._devices = sorted({p.device.index for p in weights if p.device.type == "cuda"})
+        self._states: tuple[Tensor, list[Tensor]] | None = None
+
+    def __call__(self) -> Any:
+        """Evaluate the closure and return what it returns."""
+        if self._states is None:
+            self._states = torch.get_rng_state(), [torch.cuda.get_rng_state(d) for d in self._devices]
+            with torch.set_grad_enabled(self._gradients):
+                return self._closure()
+        buffers = {} if self._model is None else {k: b.clone() for k, b in self._model.named_buffers()}
+        with torch.random.fork_rng(self._devices):
+            torch.set_rng_state(self._states[0])
+            for device, state in zip(self._devices, self._states[1], strict=True):
+                torch.cuda.set_rng_state(state, device)
+            try:
+                with torch.set_grad_enabled(self._gradients):
+                    return self._closure()
+            finally:
+                with torch.no_grad():
+                    for k, b in [] if self._model is None else self._model.named_buffers():
+                        if k in buffers:
+                            b.copy_(buffers[k])
+
+
+def loss_value(loss: Any) -> float:
+    """Return a closure's loss as a number, or say why it cannot be used.
+
+    Raises
+    ------
+    ModelError
+        If it is not one number.
+
+    Examples
+    --------
+    >>> loss_value(torch.tensor(2.0))
+    2.0
+    """
+    size = loss.numel() if isinstance(loss, Tensor) else 1 if isinstance(loss, (int, float)) else 0
+    if size != 1:
+        shown = f"of shape {tuple(loss.shape)}" if isinstance(loss, Tensor) else f"a {type(loss).__name__}"
+        raise checks.ModelError(
+            f"the closure's loss is {shown}; allowed: one number. Return the mean of the batch's losses."
+        )
+    return float(loss.detach() if isinstance(loss, Tensor) else loss)
+
+
+@contextmanager
+def displaced(weights: Sequence[Tensor], shifts: Sequence[Tensor], scale: float = 1.0) -> Iterator[None]:
+    """Add ``scale * shifts`` to weights inside a ``with``, and put back copies of the weights after it.
+
+    Parameters
+    ----------
+    weights : sequence of Tensor
+        Parameters, changed in place.
+    shifts : sequence of Tensor
+        One a parameter, of its shape; sparse ones are allowed.
+    scale : float
+        Their factor.
+
+    Notes
+    -----
+    The copies cost a second set of weights; subtracting the shifts instead would leave rounding errors that add up.
+
+    Examples
+    --------
+    >>> w = torch.tensor([1.0])
+    >>> with displaced([w], [torch.tensor([1e-9])], 1e9):
+    ...     print(float(w))
+    2.0
+    >>> float(w)
+    1.0
+    """
+    copies = [w.detach().clone() for w in weights]
+    try:
+        with torch.no_grad():
+            for w, shift in zip(weights, shifts, strict=True):
+                w.add_(shift, alpha=scale)
+        yield
+    finally:
+        with torch.no_grad():
+            for w, copy in zip(weights, copies, strict=True):
+                w.copy_(copy)
+
+
+class WrappingOptimizer(torch.optim.Optimizer):
+    """The part that optimizers share which hand a changed gradient to another optimizer.
+
+    Parameters
+    ----------
+    params : iterable of Tensor, or of dict
+        Parameters or parameter groups, as for any PyTorch optimizer; a group may set its own options.
+    base_optimizer : callable
+        Class of the optimizer inside, called with the groups and ``base_options``.
+    defaults : mapping
+        This optimizer's own options and their defaults.
+    base_options : mapping
+        Options of the optimizer inside, such as ``lr``.
+    model : nn.Module, optional
+        See :class:`Replay`.
+
+    Notes
+    -----
+    Both optimizers share the groups and the state, so that learning-rate schedulers, ``state_dict`` and
+    ``load_state_dict`` work on this one.
+    """
+
+    base_optimizer: torch.optim.Optimizer
+
+    def __init__(
+        self,
+        params: Any,
+        base_optimizer: Callable[..., torch.optim.Optimizer],
+        defaults: Mapping[str, Any],
+        base_options: Mapping[str, Any],
+        model: nn.Module | None = None,
+    ) -> None:
+        if not callable(base_optimizer):
+            raise checks.ArgumentTypeError(
+                f"base_optimizer is a {type(base_optimizer).__name__}; allowed: a class of optimizers. "
+                "Pass torch.optim.SGD, and its options by name."
+            )
+        if model is not None and not isinstance(model, nn.Module):
+            raise checks.ArgumentTypeError(
+                f"model is a {type(model).__name__}; allowed: an nn.Module or None. Pass the model whose buffers are to be kept."
+            )
+        self._model = model
+        super().__init__(params, dict(defaults))
+        base = base_optimizer(self.param_groups, **base_options)
+        self._share(base)
+        self.defaults = {**base.defaults, **self.defaults}
+
+    def check_group(self, group: Mapping[str, Any]) -> None:
+        """Check a group's own options; every group passes here when it is added."""
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Add a group of parameters to both optimizers."""
+        self.check_group({**self.defaults, **param_group})
+        base = self.__dict__.get("base_optimizer")
+        if base is None:
+            super().add_param_group(param_group)
+            return
+        for name, value in self.defaults.items():
+            param_group.setdefault(name, value)
+        base.add_param_group(param_group)
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Load the state of both optimizers."""
+        super().load_state_dict(state_dict)
+        self.base_optimizer.__setstate__({"state": self.state, "param_groups": self.param_groups})
+
+    def replay(self, closure: Closure | None) -> Replay:
+        """Return the closure as one that can be evaluated again on the same batch."""
+        return Replay(closure, (p for group in self.param_groups for p in group["params"]), self._model)
+
+    def trained(self) -> list[tuple[dict[str, Any], Tensor]]:
+        """Return each parameter that has a gradient, with its group."""
+        return [(group, p) for group in self.param_groups for p in group["params"] if p.grad is not None]
+
+    def _share(self, base: torch.optim.Optimizer) -> None:
+        self.base_optimizer = base
+        self.state = base.state
+        self.param_groups = base.param_groups

@@ -1,0 +1,60 @@
+"""What the optimizers of the room share: two evaluations along a seeded direction, and rates by parameter."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from perturbkit.core import checks
+from perturbkit.core.optimizers import Closure, Replay, loss_value
+from perturbkit.core.parameters import Direction, perturbed
+
+__all__ = ["SeededOptimizer", "two_sided"]
+
+
+def two_sided(
+    closure: Replay, weights: list[Tensor], seed: int, radius: float, distribution: Direction = "gaussian"
+) -> tuple[float, float]:
+    """Return the loss at ``w + radius z(seed)`` and at ``w - radius z(seed)``; the weights are as before."""
+    with perturbed(weights, seed, radius, distribution) as moved:
+        plus = loss_value(closure())
+        moved.rescale(-radius)
+        minus = loss_value(closure())
+    return plus, minus
+
+
+class SeededOptimizer(torch.optim.Optimizer):
+    """An optimizer whose directions are regenerated from seeds, over all parameters of all groups together."""
+
+    def __init__(self, params: Any, defaults: Mapping[str, Any], model: Any = None) -> None:
+        self._model = model
+        super().__init__(params, dict(defaults))
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Add a group of parameters, with its own rate if it has one."""
+        checks.nonnegative("lr", {**self.defaults, **param_group}["lr"])
+        super().add_param_group(param_group)
+
+    @property
+    def weights(self) -> list[Tensor]:
+        """The parameters that are trained, in order."""
+        return [p for group in self.param_groups for p in group["params"] if p.requires_grad]
+
+    def per_weight(self, option: str) -> list[float]:
+        """Return a group option, once for each of :attr:`weights`."""
+        return [
+            float(group[option]) for group in self.param_groups for p in group["params"] if p.requires_grad
+        ]
+
+    def replay(self, closure: Closure | None) -> Replay:
+        """Return the closure as one that sees the same batch and masks each time, and records no graph."""
+        return Replay(closure, self.weights, self._model, gradients=False)
+
+    def advance(self, counter: str = "step") -> int:
+        """Return a counter of the state, from 0, and count on."""
+        now = int(self.state.get(counter, 0))  # type: ignore[call-overload]
+        self.state[counter] = now + 1  # type: ignore[index]
+        return now

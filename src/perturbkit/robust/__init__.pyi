@@ -20,6 +20,12 @@ from .measurements.adversarial_sparsity import sparsity_report as sparsity_repor
 from .measurements.corrupt import IMAGE_CORRUPTIONS as IMAGE_CORRUPTIONS
 from .measurements.corrupt import TABLE_CORRUPTIONS as TABLE_CORRUPTIONS
 from .measurements.corrupt import corrupt as corrupt
+from .measurements.foundation_model_robustness import FMRReport as FMRReport
+from .measurements.foundation_model_robustness import LatentPerturber as LatentPerturber
+from .measurements.foundation_model_robustness import PixelPerturber as PixelPerturber
+from .measurements.foundation_model_robustness import StylePerturber as StylePerturber
+from .measurements.foundation_model_robustness import foundation_model_robustness as foundation_model_robustness
+from .measurements.foundation_model_robustness import oracle_vote as oracle_vote
 from .measurements.law_of_robustness import LawOfRobustness as LawOfRobustness
 from .measurements.law_of_robustness import LipschitzInterpolator as LipschitzInterpolator
 from .measurements.law_of_robustness import law_of_robustness as law_of_robustness
@@ -54,6 +60,9 @@ from .training.robust_weight_perturbation import RobustWeightPerturbation as Rob
 from .training.robust_weight_perturbation import TrainingHistory as TrainingHistory
 from .training.robust_weight_perturbation import adversarial_train as adversarial_train
 from .training.robust_weight_perturbation import adversarial_weight_perturbation as adversarial_weight_perturbation
+from .training.rrcm import RepresentationHistory as RepresentationHistory
+from .training.rrcm import RobustRepresentationConsistency as RobustRepresentationConsistency
+from .training.rrcm import info_nce as info_nce
 from .training.sublinear_adversarial_training import HalfSpaceReporter as HalfSpaceReporter
 from .training.sublinear_adversarial_training import ShiftedReLUNet as ShiftedReLUNet
 from .training.sublinear_adversarial_training import SublinearAdversarialTrainer as SublinearAdversarialTrainer

@@ -3,6 +3,13 @@ from .forward.forward_gradient import forward_gradient as forward_gradient
 from .forward.forward_gradient import forward_gradient_variance as forward_gradient_variance
 from .sharpness.amp import AMP as AMP
 from .sharpness.amp import amp_loss as amp_loss
+from .sharpness.gradient_regularization import DiagonalLinearNet as DiagonalLinearNet
+from .sharpness.gradient_regularization import Flooding as Flooding
+from .sharpness.gradient_regularization import GradientRegularizer as GradientRegularizer
+from .sharpness.gradient_regularization import implicit_norm as implicit_norm
+from .sharpness.gradient_regularization import richness as richness
+from .zeroth.gfm_plus import goldstein_gradient_norm as goldstein_gradient_norm
+from .zeroth.gfm_plus import minimize_gradient_free_nonsmooth as minimize_gradient_free_nonsmooth
 from .zeroth.one_byte_gradients import OneByteHistory as OneByteHistory
 from .zeroth.one_byte_gradients import OneByteSPSA as OneByteSPSA
 from .zeroth.one_byte_gradients import decode_gradient as decode_gradient
@@ -11,3 +18,9 @@ from .zeroth.one_byte_gradients import simulate_one_byte as simulate_one_byte
 from .zeroth.perturbed_two_point import ZeroOrderSGD as ZeroOrderSGD
 from .zeroth.perturbed_two_point import is_second_order as is_second_order
 from .zeroth.perturbed_two_point import minimize_perturbed_two_point as minimize_perturbed_two_point
+from .zeroth.zeroth_order_frank_wolfe import NuclearBall as NuclearBall
+from .zeroth.zeroth_order_frank_wolfe import Simplex as Simplex
+from .zeroth.zeroth_order_frank_wolfe import Spectrahedron as Spectrahedron
+from .zeroth.zeroth_order_frank_wolfe import minimize_zo_frank_wolfe as minimize_zo_frank_wolfe
+from .zeroth.zo_adamu import MeZO as MeZO
+from .zeroth.zo_adamu import ZOAdaMU as ZOAdaMU

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from _common import Example
-from perturbkit.core import seeded_direction
+from perturbkit.core import checks, seeded_direction
 from perturbkit.core.random import mixed_seed
 from perturbkit.optim import ZeroOrderSGD, is_second_order, minimize_perturbed_two_point
 
@@ -145,3 +145,10 @@ def test_training_goes_on_bit_for_bit_from_a_state_dict():
         one.step(lambda: w @ hessian @ w)
         two.step(lambda: v @ hessian @ v)
     assert torch.equal(w, v)
+
+
+def test_a_loss_that_is_not_finite_is_told_before_the_weights_move():
+    w = nn.Parameter(torch.ones(3))
+    with pytest.raises(checks.ModelError, match="the losses at the two points are nan"):
+        ZeroOrderSGD([w]).step(lambda: w.sum() * math.nan)
+    assert (w == 1).all()

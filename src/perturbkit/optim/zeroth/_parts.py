@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -12,7 +13,7 @@ from perturbkit.core import checks
 from perturbkit.core.optimizers import Closure, Replay, loss_value
 from perturbkit.core.parameters import Direction, perturbed
 
-__all__ = ["SeededOptimizer", "two_sided"]
+__all__ = ["SeededOptimizer", "slope", "two_sided"]
 
 
 def two_sided(
@@ -24,6 +25,17 @@ def two_sided(
         moved.rescale(-radius)
         minus = loss_value(closure())
     return plus, minus
+
+
+def slope(plus: float, minus: float, radius: float) -> float:
+    """Return the central difference of two losses, or say that one is not finite, before the weights are changed."""
+    c = (plus - minus) / (2 * radius)
+    if not math.isfinite(c):
+        raise checks.ModelError(
+            f"the losses at the two points are {plus:g} and {minus:g}; allowed: finite numbers. Lower lr, or look at the batch; "
+            "the weights are as before the step."
+        )
+    return c
 
 
 class SeededOptimizer(torch.optim.Optimizer):

@@ -19,7 +19,7 @@ from perturbkit.core.optimizers import Closure
 from perturbkit.core.parameters import step as add_direction
 from perturbkit.core.progress import ProgressLike, track
 from perturbkit.core.random import Seed, as_generator, mixed_seed, randn
-from perturbkit.optim.zeroth._parts import SeededOptimizer, two_sided
+from perturbkit.optim.zeroth._parts import SeededOptimizer, slope, two_sided
 
 __all__ = ["ZeroOrderSGD", "is_second_order", "minimize_perturbed_two_point"]
 
@@ -157,6 +157,8 @@ class ZeroOrderSGD(SeededOptimizer):
     ------
     ArgumentError
         If an option is outside its range.
+    ModelError
+        In ``step``, if a loss is not finite; the weights are then as before.
 
     Notes
     -----
@@ -207,9 +209,9 @@ class ZeroOrderSGD(SeededOptimizer):
         t, again, weights = self.advance(), self.replay(closure), self.weights
         seeds = [mixed_seed(self._seed, t, i) for i in range(self._pairs + 1)]
         losses = [two_sided(again, weights, s, self._smoothing) for s in seeds[1:]]
+        slopes = [slope(plus, minus, self._smoothing) / self._pairs for plus, minus in losses]
         rates = self.per_weight("lr")
-        for seed, (plus, minus) in zip(seeds[1:], losses, strict=True):
-            c = (plus - minus) / (2 * self._smoothing * self._pairs)
+        for seed, c in zip(seeds[1:], slopes, strict=True):
             add_direction(weights, seed, [-lr * c for lr in rates])
         if self._noise > 0:
             length = self._noise / math.sqrt(sum(p.numel() for p in weights))

@@ -1,0 +1,261 @@
+"""ZO-AdaMU: zeroth-order descent along random directions that lean on where the loss rose before.
+
+Use it to fine-tune a model by forward passes where plain zeroth-order descent oscillates: the momentum is in the
+perturbation, not in the gradient. Jiang, Chen, Pan and others (2023), ZO-AdaMU Optimizer: Adapting Perturbation by the
+Momentum and Uncertainty in Zeroth-order Optimization, arXiv:2312.15184.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from perturbkit.core import checks
+from perturbkit.core.optimizers import Closure, loss_value
+from perturbkit.core.parameters import moved
+from perturbkit.core.parameters import step as add_direction
+from perturbkit.core.random import mixed_seed, randn
+from perturbkit.optim.zeroth._parts import SeededOptimizer, slope, two_sided
+
+__all__ = ["MeZO", "ZOAdaMU"]
+
+_FLOOR = 0.1
+"""Least share of fresh noise in the direction and in its variance."""
+
+
+class MeZO(SeededOptimizer):
+    """Zeroth-order descent along one fresh Gaussian direction a step, in the memory of a forward pass.
+
+    Parameters
+    ----------
+    params : iterable of Tensor, or of dict
+        Parameters or groups.
+    lr : float
+        Learning rate, zero or above.
+    radius : float
+        Half the distance of the two evaluations over the length of the direction, above 0.
+    weight_decay : float
+        Decay of the weights, decoupled from the gradient; zero or above.
+    seed : int
+        Seed of the directions, zero or above.
+    model : nn.Module, optional
+        Where given, its buffers are moved by the first evaluation of a step only.
+
+    Raises
+    ------
+    ArgumentError
+        If an option is outside its range.
+    ModelError
+        In ``step``, if a loss is not finite; the weights are then as before.
+
+    Notes
+    -----
+    ``w <- w - lr (c z + weight_decay w)`` with ``c = (loss(w + r z) - loss(w - r z)) / (2 r)`` and ``z`` regenerated from its
+    seed.
+
+    Cost: two evaluations a step; four draws of d numbers; no memory of the weights' size.
+
+    References
+    ----------
+    Malladi et al. (2023), arXiv:2305.17333, algorithm 1.
+
+    Examples
+    --------
+    >>> w = nn.Parameter(torch.tensor([3.0, -1.0]))
+    >>> optimizer = MeZO([w], lr=0.05)
+    >>> for _ in range(200):
+    ...     loss = optimizer.step(lambda: w.square().sum())
+    >>> bool(w.abs().max() < 0.01)
+    True
+    """
+
+    def __init__(
+        self,
+        params: Any,
+        lr: float = 1e-3,
+        radius: float = 1e-3,
+        weight_decay: float = 0.0,
+        seed: int = 0,
+        model: nn.Module | None = None,
+    ) -> None:
+        self._radius = checks.positive("radius", radius)
+        self._seed = checks.integer("seed", seed, low=0)
+        checks.nonnegative("weight_decay", weight_decay)
+        super().__init__(params, {"lr": lr, "weight_decay": weight_decay}, model)
+
+    @torch.no_grad()
+    def step(self, closure: Closure) -> float:  # type: ignore[override]
+        """Take one step and return the mean of its two losses.
+
+        Parameters
+        ----------
+        closure : callable
+            ``closure() -> loss``; no backward pass is needed.
+        """
+        weights, seed = self.weights, mixed_seed(self._seed, self.advance(), 0)
+        plus, minus = two_sided(self.replay(closure), weights, seed, self._radius)
+        c = slope(plus, minus, self._radius)
+        rates = self.per_weight("lr")
+        for p, lr, decay in zip(weights, rates, self.per_weight("weight_decay"), strict=True):
+            if decay > 0:
+                p.mul_(1 - lr * decay)
+        add_direction(weights, seed, [-lr * c for lr in rates])
+        return (plus + minus) / 2
+
+
+class ZOAdaMU(SeededOptimizer):
+    r"""Zeroth-order descent whose perturbation has momentum and an annealed uncertainty.
+
+    Parameters
+    ----------
+    params : iterable of Tensor, or of dict
+        Parameters or groups.
+    lr : float
+        Learning rate, zero or above. Steps are normalised elementwise: use a smaller one than for :class:`MeZO`.
+    radius : float
+        Half the distance of the two evaluations over the length of the direction, above 0.
+    total_steps : int
+        Steps that the schedule is made for, at least 1.
+    warmup : pair of float
+        Shares of the steps after which the annealing begins and ends, ``0 <= begin <= end``; a begin of 1 or more never
+        anneals.
+    weight_decay : float
+        Decay of the weights, zero or above.
+    normalise : bool
+        Divide by the root of the second moment; otherwise the steps are ``c m``.
+    seed : int
+        Seed of the directions, zero or above.
+    model : nn.Module, optional
+        Where given, its buffers are moved by the first evaluation of a step only.
+
+    Raises
+    ------
+    ArgumentError
+        If an option is outside its range.
+    ModelError
+        In ``step``, if a loss is not finite; the weights are then as before.
+
+    Notes
+    -----
+    With the history h, zero at first, and weights a, b1, b2 in [0, 1],
+
+    .. math:: z_0 \sim N(0, a I), \quad z_1 \sim N(h, (1 - a) I), \quad m = b_1 z_0 + (1 - b_1) z_1, \quad
+        v = b_2 z_0^2 + (1 - b_2) z_1^2,
+
+    :math:`c = (L(w + r m) - L(w - r m)) / 2r`, :math:`w \leftarrow w - \eta (c m / \sqrt{v + 10^{-8}} + \lambda w)` and
+    :math:`h \leftarrow \operatorname{sign}(c) m`, which points uphill. All three weights are 1 at first, and fall as half
+    cosines over the total steps times 1, 0.1 and 1.5; a and b1 to no less than 0.1. The released code anneals
+    otherwise in the evaluation than in the update; this is the form of the paper.
+
+    Cost: two evaluations a step; one buffer of the weights' size, the history; directions are regenerated from seeds.
+
+    References
+    ----------
+    Jiang et al. (2023), arXiv:2312.15184, algorithm 1.
+
+    Examples
+    --------
+    >>> w = nn.Parameter(torch.tensor([3.0, -1.0]))
+    >>> optimizer = ZOAdaMU([w], lr=0.01, total_steps=400)
+    >>> for _ in range(400):
+    ...     loss = optimizer.step(lambda: w.square().sum())
+    >>> bool(w.abs().max() < 0.1)
+    True
+    """
+
+    def __init__(
+        self,
+        params: Any,
+        lr: float = 1e-3,
+        radius: float = 1e-3,
+        total_steps: int = 1000,
+        warmup: Sequence[float] = (0.1, 0.5),
+        weight_decay: float = 0.0,
+        normalise: bool = True,
+        seed: int = 0,
+        model: nn.Module | None = None,
+    ) -> None:
+        self._radius = checks.positive("radius", radius)
+        self._total = checks.integer("total_steps", total_steps, low=1)
+        begin, end = _pair(warmup)
+        self._begin, self._end = begin * total_steps, end * total_steps
+        self._seed = checks.integer("seed", seed, low=0)
+        self._normalise = bool(normalise)
+        checks.nonnegative("weight_decay", weight_decay)
+        super().__init__(params, {"lr": lr, "weight_decay": weight_decay}, model)
+
+    def weights_of(self, t: int) -> tuple[float, float, float]:
+        """Return the weights a, b1 and b2 of step t, counted from 0."""
+        since = min(t, self._end) - self._begin
+        if since <= 0:
+            return 1.0, 1.0, 1.0
+
+        def fallen(factor: float) -> float:
+            return 0.5 * (1 + math.cos(math.pi * min(since / (factor * self._total), 1.0)))
+
+        return max(fallen(1.0), _FLOOR), max(fallen(0.1), _FLOOR), fallen(1.5)
+
+    @torch.no_grad()
+    def step(self, closure: Closure) -> float:  # type: ignore[override]
+        """Take one step and return the mean of its two losses.
+
+        Parameters
+        ----------
+        closure : callable
+            ``closure() -> loss``; no backward pass is needed.
+        """
+        t, weights, again = self.advance(), self.weights, self.replay(closure)
+        a, b1, b2 = self.weights_of(t)
+
+        def parts() -> Iterator[tuple[Tensor, Tensor]]:
+            """Yield the direction of each parameter and its second moment."""
+            for p, fresh, other in zip(weights, self._draw(t, 0), self._draw(t, 1), strict=True):
+                z0 = fresh.mul_(math.sqrt(a))
+                z1 = other.mul_(math.sqrt(1 - a)).add_(self._history(p))
+                yield b1 * z0 + (1 - b1) * z1, b2 * z0.square_() + (1 - b2) * z1.square_()
+
+        with moved(weights, lambda: (m for m, _ in parts()), self._radius) as at:
+            plus = loss_value(again())
+            at.rescale(-self._radius)
+            minus = loss_value(again())
+        c = slope(plus, minus, self._radius)
+        options = zip(self.per_weight("lr"), self.per_weight("weight_decay"), strict=True)
+        for p, (m, v), (lr, decay) in zip(weights, parts(), options, strict=True):
+            direction = m / (v + 1e-8).sqrt() if self._normalise else m
+            if decay > 0:
+                p.mul_(1 - lr * decay)
+            p.copy_((p.to(m.dtype) + direction * (-lr * c)).to(p.dtype))
+            self._history(p).copy_(m * math.copysign(1.0, c))
+        return (plus + minus) / 2
+
+    def _history(self, p: Tensor) -> Tensor:
+        state = self.state[p]
+        if "history" not in state:
+            state["history"] = torch.zeros_like(p, dtype=torch.promote_types(p.dtype, torch.float32))
+        return state["history"]
+
+    def _draw(self, t: int, stream: int) -> Iterator[Tensor]:
+        generators: dict[torch.device, torch.Generator] = {}
+        for p in self.weights:
+            if p.device not in generators:
+                seed = mixed_seed(self._seed, t, stream)
+                generators[p.device] = torch.Generator(device=p.device).manual_seed(seed)
+            wide = torch.promote_types(p.dtype, torch.float32)
+            yield randn(p.shape, generator=generators[p.device], dtype=wide, device=p.device)
+
+
+def _pair(warmup: Sequence[float]) -> tuple[float, float]:
+    if isinstance(warmup, str) or not isinstance(warmup, Sequence) or len(warmup) != 2:
+        raise checks.ArgumentTypeError(
+            f"warmup is {warmup!r}; allowed: two numbers, begin and end as shares of total_steps. Pass (0.1, 0.5)."
+        )
+    begin, end = (checks.nonnegative("warmup", w) for w in warmup)
+    if begin > end:
+        raise checks.ArgumentError(
+            f"warmup is {tuple(warmup)}; allowed: a begin that is not after the end. Swap them."
+        )
+    return begin, end

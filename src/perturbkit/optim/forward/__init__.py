@@ -1,1 +1,1 @@
-"""Gradients from forward-mode differentiation, without a backward pass."""
+"""Training without a backward pass through the network: forward-mode derivatives, and layers that learn locally."""

@@ -1,3 +1,8 @@
+from .forward.collaborative_forward_forward import ForwardForwardClassifier as ForwardForwardClassifier
+from .forward.collaborative_forward_forward import InformationFlow as InformationFlow
+from .forward.collaborative_forward_forward import functional_entropy as functional_entropy
+from .forward.collaborative_forward_forward import information_flow as information_flow
+from .forward.collaborative_forward_forward import layer_goodness as layer_goodness
 from .forward.forward_gradient import ForwardSGD as ForwardSGD
 from .forward.forward_gradient import forward_gradient as forward_gradient
 from .forward.forward_gradient import forward_gradient_variance as forward_gradient_variance
@@ -8,6 +13,13 @@ from .sharpness.gradient_regularization import Flooding as Flooding
 from .sharpness.gradient_regularization import GradientRegularizer as GradientRegularizer
 from .sharpness.gradient_regularization import implicit_norm as implicit_norm
 from .sharpness.gradient_regularization import richness as richness
+from .sharpness.sam_sde import SAM as SAM
+from .sharpness.sam_sde import WeakError as WeakError
+from .sharpness.sam_sde import implicit_loss as implicit_loss
+from .sharpness.sam_sde import saddle_attraction_radius as saddle_attraction_radius
+from .sharpness.sam_sde import sam_sde as sam_sde
+from .sharpness.sam_sde import simulate_sde as simulate_sde
+from .sharpness.sam_sde import weak_error as weak_error
 from .zeroth.gfm_plus import goldstein_gradient_norm as goldstein_gradient_norm
 from .zeroth.gfm_plus import minimize_gradient_free_nonsmooth as minimize_gradient_free_nonsmooth
 from .zeroth.one_byte_gradients import OneByteHistory as OneByteHistory

@@ -104,7 +104,7 @@ def test_weights_come_back_after_an_exception_and_when_nested() -> None:
 def test_weights_come_back_after_an_exception_while_perturbing(monkeypatch: pytest.MonkeyPatch) -> None:
     from perturbkit.core import parameters
 
-    module = Weights(wild(1, torch.float32))
+    module = Weights(wild(1, torch.float32, n=200_000))  # several blocks
     before = bits(flatten(module)).clone()
     calls = []
 

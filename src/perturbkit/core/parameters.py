@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
@@ -17,15 +18,18 @@ from torch import Tensor, nn
 from perturbkit.core import checks, random
 
 __all__ = [
+    "Block",
     "Restorer",
     "Weights",
     "assign",
+    "blocks",
     "flatten",
     "functional",
     "keeping_modes",
     "moved",
     "perturbed",
     "seeded_direction",
+    "seeded_directions",
     "step",
     "unflatten",
 ]
@@ -35,8 +39,8 @@ Weights = nn.Module | Iterable[Tensor]
 
 # Where and what :func:`perturbed` keeps of a parameter; nowhere and nothing, to begin with.
 _NOTHING: tuple[Tensor | None, Tensor] = (torch.empty(0, dtype=torch.int32), torch.empty(0))
-# Numbers of a parameter that are worked on at a time, on accelerators and on processors.
-_PIECE = (2**24, 2**16)
+# Numbers that are worked on at a time, on accelerators, which wait for work, and on processors, whose caches are small.
+_BLOCK = (2**23, 2**16)
 _INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
@@ -179,8 +183,8 @@ def seeded_direction(
     >>> bool(torch.equal(seeded_direction(net, 7), seeded_direction(net, 7)))
     True
     """
-    pieces = [piece for p in _parameters(weights, trainable_only).values() for piece in _pieces(p)]
-    return torch.cat([z.reshape(-1) for z in _directions(pieces, seed, distribution)])
+    parameters = list(_parameters(weights, trainable_only).values())
+    return torch.cat(list(seeded_directions(parameters, seed, distribution)))
 
 
 def step(
@@ -219,12 +223,84 @@ def step(
     True
     """
     parameters = list(_parameters(weights, trainable_only).values())
-    scaled = zip(parameters, _scales(scale, len(parameters)), strict=True)
-    pieces = [(piece, factor) for p, factor in scaled for piece in _pieces(p)]
-    directions = _directions([piece for piece, _ in pieces], seed, distribution)
+    factors = _scales(scale, len(parameters))
+    directions = seeded_directions(parameters, seed, distribution)
     with torch.no_grad():
-        for (piece, factor), z in zip(pieces, directions, strict=True):
-            piece.copy_(_shifted(piece, z.mul_(factor)))
+        for block, z in zip(blocks(parameters), directions, strict=True):
+            own = [factors[i] for i in block.indices]
+            if len(set(own)) == 1:
+                z.mul_(own[0])
+            else:
+                for part, factor in zip(block.split(parameters, z), own, strict=True):
+                    part.mul_(factor)
+            block.write(parameters, _shifted(block.read(parameters), z))
+
+
+@dataclass(frozen=True)
+class Block:
+    """Some parameters of one dtype and device, or a part of a large one, worked on as one vector.
+
+    Many small parameters cost as much as one large one on an accelerator, and a processor's cache holds a part only.
+
+    Attributes
+    ----------
+    indices : tuple of int
+        Which parameters.
+    part : slice or None
+        Which entries, of a single large one.
+    """
+
+    indices: tuple[int, ...]
+    part: slice | None = None
+
+    def read(self, tensors: Sequence[Tensor]) -> Tensor:
+        """Return the block's entries of tensors in the shapes of the parameters, detached; not to be written to."""
+        if self.part is not None:
+            return tensors[self.indices[0]].detach().view(-1)[self.part]
+        flat = [tensors[i].detach().reshape(-1) for i in self.indices]
+        return flat[0] if len(flat) == 1 else torch.cat(flat)
+
+    def write(self, tensors: Sequence[Tensor], values: Tensor) -> None:
+        """Write the block's entries of tensors, in place."""
+        if self.part is not None:
+            tensors[self.indices[0]].detach().view(-1)[self.part].copy_(values)
+            return
+        own = [tensors[i].detach() for i in self.indices]
+        parts = [v.view(t.shape) for t, v in zip(own, self.split(tensors, values), strict=True)]
+        torch._foreach_copy_(own, parts)
+
+    def split(self, tensors: Sequence[Tensor], values: Tensor) -> tuple[Tensor, ...]:
+        """Return views of a vector of the block, one a parameter."""
+        return (
+            (values,) if self.part is not None else values.split([tensors[i].numel() for i in self.indices])
+        )
+
+
+def blocks(weights: Sequence[Tensor]) -> list[Block]:
+    """Return the blocks of parameters, in order: each entry is in one of them.
+
+    Examples
+    --------
+    >>> [b.indices for b in blocks([torch.zeros(3), torch.zeros(2, 2), torch.zeros(1).double()])]
+    [(0, 1), (2,)]
+    >>> [b.part for b in blocks([torch.zeros(100_000)])]
+    [slice(0, 65536, None), slice(65536, 100000, None)]
+    """
+    found: list[Block] = []
+    group: list[int] = []
+    size = 0
+    for i, p in enumerate(weights):
+        n, limit = p.numel(), _BLOCK[p.device.type == "cpu"]
+        same = not group or (p.dtype, p.device) == (weights[group[0]].dtype, weights[group[0]].device)
+        if group and (not same or size + n > limit):
+            found.append(Block(tuple(group)))
+            group, size = [], 0
+        if n > limit and p.is_contiguous():
+            found += [Block((i,), slice(a, min(a + limit, n))) for a in range(0, n, limit)]
+        else:
+            group.append(i)
+            size += n
+    return [*found, Block(tuple(group))] if group else found
 
 
 class Restorer:
@@ -236,11 +312,11 @@ class Restorer:
         The direction's present factor.
     """
 
-    def __init__(self, pieces: list[Tensor], draw: Callable[[], Iterable[Tensor]]) -> None:
+    def __init__(self, weights: Sequence[Tensor], draw: Callable[[], Iterable[Tensor]]) -> None:
         self.scale = 0.0
-        self._pieces, self._draw = pieces, draw
-        self._kept: list[tuple[Tensor | None, Tensor]] = [_NOTHING] * len(pieces)
-        self._scales = [0.0] * len(pieces)
+        self._weights, self._draw, self._blocks = weights, draw, blocks(weights)
+        self._kept: list[tuple[Tensor | None, Tensor]] = [_NOTHING] * len(self._blocks)
+        self._scales = [0.0] * len(self._blocks)
 
     @property
     def nbytes(self) -> int:
@@ -257,15 +333,15 @@ class Restorer:
         """
         self.scale = factor = _scale(scale)
         with torch.no_grad():
-            for i, (piece, z) in enumerate(zip(self._pieces, self._draw(), strict=True)):
-                weight = _restored(piece, z, self._scales[i], self._kept[i])
+            for i, (block, z) in enumerate(zip(self._blocks, self._draw(), strict=True)):
+                weight = _restored(block.read(self._weights), z, self._scales[i], self._kept[i])
                 kept = _NOTHING
                 if factor != 0:
                     target = _shifted(weight, z.mul_(factor))
                     kept = _lost(weight, _shifted(target, z.neg_()))
                     weight = target
-                # From here to the next piece nothing can fail, so that every one is whole.
-                piece.copy_(weight)
+                # From here to the next block nothing can fail, so that every one is whole.
+                block.write(self._weights, weight)
                 self._scales[i], self._kept[i] = factor, kept
 
 
@@ -326,7 +402,7 @@ def perturbed(
     The others would drift when many perturbations follow one another: they are kept, with their positions. For
     perturbations of a thousandth of the weights that is a few percent of a copy; for perturbations as large as the
     weights it is a copy, since those destroy the weights' digits. The direction is regenerated from its seed, on the
-    parameters' device, one piece at a time.
+    parameters' device, one block at a time.
 
     Examples
     --------
@@ -340,9 +416,9 @@ def perturbed(
     factor = _scale(scale)
     # Checked here, so that a refusal comes before the first change.
     checks.one_of("distribution", distribution, ("gaussian", "rademacher"))
-    pieces = [piece for p in _parameters(weights, trainable_only).values() for piece in _pieces(p)]
+    parameters = list(_parameters(weights, trainable_only).values())
     checks.integer("seed", seed)
-    with moved(pieces, lambda: _directions(pieces, seed, distribution), factor) as restorer:
+    with moved(parameters, lambda: seeded_directions(parameters, seed, distribution), factor) as restorer:
         yield restorer
 
 
@@ -357,8 +433,8 @@ def moved(
     weights : sequence of Tensor
         Parameters.
     directions : callable
-        ``directions()`` yields one tensor a parameter, of its shape and the same numbers every time, new ones: they are
-        overwritten.
+        ``directions()`` yields one vector for each of :func:`blocks`, the same numbers every time, in tensors of its own:
+        they are overwritten.
     scale : float
         The direction's factor, of either sign.
 
@@ -379,7 +455,7 @@ def moved(
     >>> float(w)
     1.0
     """
-    restorer = Restorer([p.detach() for p in weights], directions)
+    restorer = Restorer(weights, directions)
     try:
         restorer.rescale(scale)
         yield restorer
@@ -422,27 +498,31 @@ def _scales(scale: float | Sequence[float], n: int) -> list[float]:
     return [_scale(s) for s in scale]
 
 
-def _pieces(parameter: Tensor) -> tuple[Tensor, ...]:
-    """Return views of a parameter that are small enough for a processor's cache, if it is contiguous."""
-    if not parameter.is_contiguous():
-        return (parameter.detach(),)
-    return parameter.detach().view(-1).split(_PIECE[parameter.device.type == "cpu"])
+def seeded_directions(
+    parameters: Sequence[Tensor], seed: int, distribution: Direction = "gaussian"
+) -> Iterator[Tensor]:
+    """Yield the direction z(seed) of each of :func:`blocks`, in order, in single precision at least.
 
+    Drawn where the parameters lie: numbers drawn on another device would cost more to move than the step.
 
-def _directions(pieces: Sequence[Tensor], seed: int, distribution: Direction) -> Iterator[Tensor]:
-    """Yield the direction of each piece of the parameters, in order, in single precision at least.
-
-    Drawn where the parameter lies: numbers drawn on another device would cost more to move than the step.
+    Examples
+    --------
+    >>> weights = [torch.zeros(2), torch.zeros(3)]
+    >>> [len(z) for z in seeded_directions(weights, 1)]
+    [5]
     """
     checks.one_of("distribution", distribution, ("gaussian", "rademacher"))
     number = checks.integer("seed", seed)
     draw = random.randn if distribution == "gaussian" else random.rademacher
     generators: dict[torch.device, torch.Generator] = {}
-    for p in pieces:
+    for block in blocks(parameters):
+        p = parameters[block.indices[0]]
         if p.device not in generators:
             generators[p.device] = torch.Generator(device=p.device).manual_seed(number)
+        n = sum(parameters[i].numel() for i in block.indices)
+        n = n if block.part is None else block.part.stop - block.part.start
         wide = torch.promote_types(p.dtype, torch.float32)
-        yield draw(p.shape, generator=generators[p.device], dtype=wide, device=p.device)
+        yield draw((n,), generator=generators[p.device], dtype=wide, device=p.device)
 
 
 def _shifted(weight: Tensor, shift: Tensor) -> Tensor:
@@ -455,23 +535,22 @@ def _shifted(weight: Tensor, shift: Tensor) -> Tensor:
 
 def _lost(weight: Tensor, back: Tensor) -> tuple[Tensor | None, Tensor]:
     """Return the weights that did not come back, and where they are; or all of them, if that is less to hold."""
-    flat = weight.detach().reshape(-1)
     kind = _INTEGERS[weight.element_size()]
     # Bits are compared, so that zeros keep their sign and what is not a number comes back too.
-    positions = (flat.view(kind) != back.reshape(-1).view(kind)).nonzero()[:, 0]
-    position = torch.int32 if len(flat) <= torch.iinfo(torch.int32).max else torch.int64
-    if len(positions) * (weight.element_size() + position.itemsize) < len(flat) * weight.element_size():
-        return positions.to(position), flat[positions]
-    return None, flat.clone()
+    positions = (weight.view(kind) != back.view(kind)).nonzero()[:, 0]
+    position = torch.int32 if len(weight) <= torch.iinfo(torch.int32).max else torch.int64
+    if len(positions) * (weight.element_size() + position.itemsize) < weight.nbytes:
+        return positions.to(position), weight[positions]
+    return None, weight.clone()
 
 
 def _restored(weight: Tensor, direction: Tensor, scale: float, kept: tuple[Tensor | None, Tensor]) -> Tensor:
     positions, values = kept
     if positions is None:
-        return values.reshape(weight.shape)
+        return values
     if scale == 0:
-        return weight.detach()
-    back = _shifted(weight, direction * -scale).reshape(-1)
+        return weight
+    back = _shifted(weight, direction * -scale)
     if len(positions):
         back[positions] = values
-    return back.reshape(weight.shape)
+    return back

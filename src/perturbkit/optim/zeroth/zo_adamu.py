@@ -16,9 +16,9 @@ from torch import Tensor, nn
 
 from perturbkit.core import checks
 from perturbkit.core.optimizers import Closure, loss_value
-from perturbkit.core.parameters import moved
+from perturbkit.core.parameters import blocks, moved, seeded_directions
 from perturbkit.core.parameters import step as add_direction
-from perturbkit.core.random import mixed_seed, randn
+from perturbkit.core.random import mixed_seed
 from perturbkit.optim.zeroth._parts import SeededOptimizer, slope, two_sided
 
 __all__ = ["MeZO", "ZOAdaMU"]
@@ -210,26 +210,31 @@ class ZOAdaMU(SeededOptimizer):
         """
         t, weights, again = self.advance(), self.weights, self.replay(closure)
         a, b1, b2 = self.weights_of(t)
+        parts, history = blocks(weights), [self._history(p) for p in weights]
 
-        def parts() -> Iterator[tuple[Tensor, Tensor]]:
-            """Yield the direction of each parameter and its second moment."""
-            for p, fresh, other in zip(weights, self._draw(t, 0), self._draw(t, 1), strict=True):
+        def directions() -> Iterator[tuple[Tensor, Tensor]]:
+            """Yield the direction of each block and its second moment."""
+            seeds = [mixed_seed(self._seed, t, i) for i in (0, 1)]
+            streams = zip(*(seeded_directions(weights, s) for s in seeds), strict=True)
+            for block, (fresh, other) in zip(parts, streams, strict=True):
                 z0 = fresh.mul_(math.sqrt(a))
-                z1 = other.mul_(math.sqrt(1 - a)).add_(self._history(p))
+                z1 = other.mul_(math.sqrt(1 - a)).add_(block.read(history))
                 yield b1 * z0 + (1 - b1) * z1, b2 * z0.square_() + (1 - b2) * z1.square_()
 
-        with moved(weights, lambda: (m for m, _ in parts()), self._radius) as at:
+        with moved(weights, lambda: (m for m, _ in directions()), self._radius) as at:
             plus = loss_value(again())
             at.rescale(-self._radius)
             minus = loss_value(again())
         c = slope(plus, minus, self._radius)
-        options = zip(self.per_weight("lr"), self.per_weight("weight_decay"), strict=True)
-        for p, (m, v), (lr, decay) in zip(weights, parts(), options, strict=True):
-            direction = m / (v + 1e-8).sqrt() if self._normalise else m
-            if decay > 0:
-                p.mul_(1 - lr * decay)
-            p.copy_((p.to(m.dtype) + direction * (-lr * c)).to(p.dtype))
-            self._history(p).copy_(m * math.copysign(1.0, c))
+        rates, decays = self.per_weight("lr"), self.per_weight("weight_decay")
+        for block, (m, v) in zip(parts, directions(), strict=True):
+            w, up = block.read(weights), m * math.copysign(1.0, c)
+            change = m / (v + 1e-8).sqrt() if self._normalise else m
+            own = zip(block.indices, block.split(weights, change), block.split(weights, w), strict=True)
+            for i, part, weight in own:
+                part.mul_(-rates[i] * c).sub_(weight, alpha=rates[i] * decays[i])
+            block.write(weights, (w.to(change.dtype) + change).to(w.dtype))
+            block.write(history, up)
         return (plus + minus) / 2
 
     def _history(self, p: Tensor) -> Tensor:
@@ -237,15 +242,6 @@ class ZOAdaMU(SeededOptimizer):
         if "history" not in state:
             state["history"] = torch.zeros_like(p, dtype=torch.promote_types(p.dtype, torch.float32))
         return state["history"]
-
-    def _draw(self, t: int, stream: int) -> Iterator[Tensor]:
-        generators: dict[torch.device, torch.Generator] = {}
-        for p in self.weights:
-            if p.device not in generators:
-                seed = mixed_seed(self._seed, t, stream)
-                generators[p.device] = torch.Generator(device=p.device).manual_seed(seed)
-            wide = torch.promote_types(p.dtype, torch.float32)
-            yield randn(p.shape, generator=generators[p.device], dtype=wide, device=p.device)
 
 
 def _pair(warmup: Sequence[float]) -> tuple[float, float]:

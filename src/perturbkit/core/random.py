@@ -2,8 +2,8 @@
 
 Randomness enters a method through one ``generator`` argument. ``None`` means a fresh generator seeded by the
 operating system, an ``int`` a generator with that seed, and a ``torch.Generator`` is used (and advanced) as it is.
-Draws are made on the generator's device and then moved, so that a CPU generator gives the same numbers for a
-model on any device.
+Draws are made on the generator's device and then moved, to the CPU unless another device is asked for: a CPU generator
+gives the same numbers for a model on any device, and one of an accelerator works everywhere too.
 """
 
 from __future__ import annotations
@@ -126,7 +126,7 @@ def mixed_seed(*numbers: int) -> int:
 
 def _like(like: Tensor | None, dtype: torch.dtype | None, device: Any) -> tuple[torch.dtype | None, Any]:
     if like is None:
-        return dtype, device
+        return dtype, "cpu" if device is None else device
     return dtype or (like.dtype if like.is_floating_point() else None), like.device
 
 
@@ -174,12 +174,12 @@ def rademacher(
 
 
 def randint(
-    low: int, high: int, shape: Sequence[int], *, generator: torch.Generator, device: Any = None
+    low: int, high: int, shape: Sequence[int], *, generator: torch.Generator, device: Any = "cpu"
 ) -> Tensor:
     """Draw integers in low..high-1 as int64."""
     return torch.randint(low, high, tuple(shape), generator=generator, device=generator.device).to(device)
 
 
-def randperm(n: int, *, generator: torch.Generator, device: Any = None) -> Tensor:
+def randperm(n: int, *, generator: torch.Generator, device: Any = "cpu") -> Tensor:
     """Draw a random order of 0..n-1."""
     return torch.randperm(n, generator=generator, device=generator.device).to(device)

@@ -208,6 +208,7 @@ def unrolled_influence(
     with network.frozen():
         pull = network.gradients(states[-1], queries, f)
         values = pull.new_zeros(len(queries[0]), len(every))
+        rows = [r.to(values.device) for r in rows]
         for k in reversed(range(n_steps)):
             batch = train[0][rows[k]], train[1][rows[k]]
             g = network.gradients(states[k], batch, network.loss)

@@ -252,7 +252,8 @@ def private_posterior_erm(
     checks.between("smoothness", smoothness, lam, math.inf)
     checks.one_of("sampler", sampler, ("rejection", "mala"))
     checks.integer("max_proposals", max_proposals, low=1)
-    data, targets = X.double(), y.double() if y.is_floating_point() else y
+    # The secure noise is made on the CPU, and so is everything that it meets; the answer goes back to X's device.
+    data, targets = X.double().cpu(), (y.double() if y.is_floating_point() else y).cpu()
     d = X.shape[1]
     rows = torch.func.vmap(torch.func.vmap(loss, in_dims=(None, 0, 0)), in_dims=(0, None, None))
 

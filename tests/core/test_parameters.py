@@ -149,6 +149,27 @@ def test_rescaling_moves_along_the_same_direction_and_still_restores(dtype: torc
     assert all(torch.equal(bits(p), b) for p, b in zip(module.parameters(), before, strict=True))
 
 
+def test_settling_leaves_multiples_of_the_weights_and_the_direction_for_good() -> None:
+    for factors, keep in ((0.5, 1.0), ([0.0, 1.0, -2.0, 0.5, 3.0, 4.0], [1.0, 0.9, 1.0, 0.5, 1.0, 0.0])):
+        module = net()
+        before, z = flatten(module), seeded_direction(module, 3)
+        with perturbed(module, 3, 0.7) as at:
+            at.settle(factors, keep)
+            assert (at.scale, at.nbytes, at.moved) == (0.0, 0, False)
+        each = [
+            torch.cat(
+                [
+                    torch.full((p.numel(),), f, dtype=p.dtype)
+                    for p, f in zip(module.parameters(), given, strict=True)
+                ]
+            )
+            if isinstance(given, list)
+            else given
+            for given in (factors, keep)
+        ]
+        torch.testing.assert_close(flatten(module), each[1] * before + each[0] * z)
+
+
 @pytest.mark.parametrize("layout", ["contiguous", "transposed"])
 def test_large_and_transposed_parameters_are_moved_whole_and_restored(layout: str) -> None:
     g = torch.Generator().manual_seed(2)

@@ -223,17 +223,13 @@ def step(
     True
     """
     parameters = list(_parameters(weights, trainable_only).values())
-    factors = _scales(scale, len(parameters))
+    factors = _scales("scale", scale, len(parameters))
     directions = seeded_directions(parameters, seed, distribution)
     with torch.no_grad():
         for block, z in zip(blocks(parameters), directions, strict=True):
-            own = [factors[i] for i in block.indices]
-            if len(set(own)) == 1:
-                z.mul_(own[0])
-            else:
-                for part, factor in zip(block.split(parameters, z), own, strict=True):
-                    part.mul_(factor)
-            block.write(parameters, _shifted(block.read(parameters), z))
+            block.write(
+                parameters, _shifted(block.read(parameters), _multiplied(block, parameters, z, factors))
+            )
 
 
 @dataclass(frozen=True)
@@ -323,6 +319,11 @@ class Restorer:
         """Bytes kept, all parameters together."""
         return sum(t.nbytes for pair in self._kept for t in pair if t is not None)
 
+    @property
+    def moved(self) -> bool:
+        """Whether any weight is not where it was."""
+        return any(scale != 0 for scale in self._scales)
+
     def rescale(self, scale: float) -> None:
         """Move the weights to ``w + scale * z``, in one pass over the direction.
 
@@ -343,6 +344,27 @@ class Restorer:
                 # From here to the next block nothing can fail, so that every one is whole.
                 block.write(self._weights, weight)
                 self._scales[i], self._kept[i] = factor, kept
+
+    def settle(self, scale: float | Sequence[float], keep: float | Sequence[float] = 1.0) -> None:
+        """Leave the weights at ``keep * w + scale * z`` for good, in one pass over the direction.
+
+        Parameters
+        ----------
+        scale : float or sequence of float
+            Factor of the direction, or one a parameter.
+        keep : float or sequence of float
+            Factor of the weights, or one a parameter.
+        """
+        factors = _scales("scale", scale, len(self._weights))
+        kept = _scales("keep", keep, len(self._weights))
+        with torch.no_grad():
+            for i, (block, z) in enumerate(zip(self._blocks, self._draw(), strict=True)):
+                weight = _restored(block.read(self._weights), z, self._scales[i], self._kept[i])
+                if any(kept[j] != 1 for j in block.indices):
+                    weight = _multiplied(block, self._weights, weight.clone(), kept)
+                block.write(self._weights, _shifted(weight, _multiplied(block, self._weights, z, factors)))
+                self._scales[i], self._kept[i] = 0.0, _NOTHING
+        self.scale = 0.0
 
 
 @contextmanager
@@ -460,7 +482,8 @@ def moved(
         restorer.rescale(scale)
         yield restorer
     finally:
-        restorer.rescale(0.0)
+        if restorer.moved:
+            restorer.rescale(0.0)
 
 
 def _parameters(weights: Weights, trainable_only: bool) -> dict[str, Tensor]:
@@ -488,12 +511,12 @@ def _scale(scale: float) -> float:
     return checks.between("scale", scale, -float("inf"), float("inf"))
 
 
-def _scales(scale: float | Sequence[float], n: int) -> list[float]:
+def _scales(name: str, scale: float | Sequence[float], n: int) -> list[float]:
     if not isinstance(scale, Sequence):
         return [_scale(scale)] * n
     if len(scale) != n:
         raise checks.ArgumentError(
-            f"scale has {len(scale)} factors; allowed: one, or {n}, one a parameter. Leave out those of frozen parameters."
+            f"{name} has {len(scale)} factors; allowed: one, or {n}, one a parameter. Leave out those of frozen parameters."
         )
     return [_scale(s) for s in scale]
 
@@ -523,6 +546,16 @@ def seeded_directions(
         n = n if block.part is None else block.part.stop - block.part.start
         wide = torch.promote_types(p.dtype, torch.float32)
         yield draw((n,), generator=generators[p.device], dtype=wide, device=p.device)
+
+
+def _multiplied(block: Block, tensors: Sequence[Tensor], values: Tensor, factors: Sequence[float]) -> Tensor:
+    """Multiply a vector of the block in place, each parameter's part by its own factor."""
+    own = [factors[i] for i in block.indices]
+    if len(set(own)) == 1:
+        return values.mul_(own[0])
+    for part, factor in zip(block.split(tensors, values), own, strict=True):
+        part.mul_(factor)
+    return values
 
 
 def _shifted(weight: Tensor, shift: Tensor) -> Tensor:

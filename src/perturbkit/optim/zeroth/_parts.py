@@ -11,20 +11,16 @@ from torch import Tensor
 
 from perturbkit.core import checks
 from perturbkit.core.optimizers import Closure, Replay, loss_value
-from perturbkit.core.parameters import Direction, perturbed
+from perturbkit.core.parameters import Restorer
 
 __all__ = ["SeededOptimizer", "slope", "two_sided"]
 
 
-def two_sided(
-    closure: Replay, weights: list[Tensor], seed: int, radius: float, distribution: Direction = "gaussian"
-) -> tuple[float, float]:
-    """Return the loss at ``w + radius z(seed)`` and at ``w - radius z(seed)``; the weights are as before."""
-    with perturbed(weights, seed, radius, distribution) as moved:
-        plus = loss_value(closure())
-        moved.rescale(-radius)
-        minus = loss_value(closure())
-    return plus, minus
+def two_sided(at: Restorer, closure: Replay, radius: float) -> tuple[float, float]:
+    """Return the loss where the weights are moved to, ``w + radius z``, and at ``w - radius z``, where it leaves them."""
+    plus = loss_value(closure())
+    at.rescale(-radius)
+    return plus, loss_value(closure())
 
 
 def slope(plus: float, minus: float, radius: float) -> float:

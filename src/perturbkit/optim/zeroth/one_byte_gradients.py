@@ -19,6 +19,7 @@ from torch import Tensor, distributed
 
 from perturbkit.core import Cost, Result, checks
 from perturbkit.core.optimizers import Closure, Replay
+from perturbkit.core.parameters import perturbed
 from perturbkit.core.parameters import step as add_direction
 from perturbkit.core.random import mixed_seed
 from perturbkit.optim.zeroth._parts import SeededOptimizer, two_sided
@@ -311,7 +312,8 @@ class OneByteSPSA(SeededOptimizer):
         scale = 2.0 ** self._exponent()
         losses, sent = [], []
         for j in range(self._samples):
-            plus, minus = two_sided(closure, self.weights, self._direction(worker, j), self._radius)
+            with perturbed(self.weights, self._direction(worker, j), self._radius) as at:
+                plus, minus = two_sided(at, closure, self._radius)
             losses.append((plus + minus) / 2)
             c = (plus - minus) / (2 * self._radius)
             if not math.isfinite(c):

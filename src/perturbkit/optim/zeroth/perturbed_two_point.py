@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from perturbkit.core import Minimum, Oracle, checks, hessian, lanczos
 from perturbkit.core.optimizers import Closure
+from perturbkit.core.parameters import perturbed
 from perturbkit.core.parameters import step as add_direction
 from perturbkit.core.progress import ProgressLike, track
 from perturbkit.core.random import Seed, as_generator, mixed_seed, randn
@@ -208,15 +209,22 @@ class ZeroOrderSGD(SeededOptimizer):
         """
         t, again, weights = self.advance(), self.replay(closure), self.weights
         seeds = [mixed_seed(self._seed, t, i) for i in range(self._pairs + 1)]
-        losses = [two_sided(again, weights, s, self._smoothing) for s in seeds[1:]]
-        slopes = [slope(plus, minus, self._smoothing) / self._pairs for plus, minus in losses]
         rates = self.per_weight("lr")
-        for seed, c in zip(seeds[1:], slopes, strict=True):
+        losses: list[float] = []
+        slopes: list[float] = []
+        for seed in seeds[1:]:
+            with perturbed(weights, seed, self._smoothing) as at:
+                plus, minus = two_sided(at, again, self._smoothing)
+                losses += (plus, minus)
+                slopes.append(slope(plus, minus, self._smoothing) / self._pairs)
+                if self._pairs == 1:
+                    at.settle([-lr * slopes[0] for lr in rates])
+        for seed, c in zip(seeds[1:], slopes if self._pairs > 1 else (), strict=False):
             add_direction(weights, seed, [-lr * c for lr in rates])
         if self._noise > 0:
             length = self._noise / math.sqrt(sum(p.numel() for p in weights))
             add_direction(weights, seeds[0], [-lr * length for lr in rates])
-        return sum(map(sum, losses)) / (2 * self._pairs)
+        return sum(losses) / (2 * self._pairs)
 
 
 def is_second_order(

@@ -15,9 +15,8 @@ import torch
 from torch import Tensor, nn
 
 from perturbkit.core import checks
-from perturbkit.core.optimizers import Closure, loss_value
-from perturbkit.core.parameters import blocks, moved, seeded_directions
-from perturbkit.core.parameters import step as add_direction
+from perturbkit.core.optimizers import Closure
+from perturbkit.core.parameters import blocks, moved, perturbed, seeded_directions
 from perturbkit.core.random import mixed_seed
 from perturbkit.optim.zeroth._parts import SeededOptimizer, slope, two_sided
 
@@ -57,7 +56,7 @@ class MeZO(SeededOptimizer):
     ``w <- w - lr (c z + weight_decay w)`` with ``c = (loss(w + r z) - loss(w - r z)) / (2 r)`` and ``z`` regenerated from its
     seed.
 
-    Cost: two evaluations a step; four draws of d numbers; no memory of the weights' size.
+    Cost: two evaluations a step; three draws of d numbers; no memory of the weights' size.
 
     References
     ----------
@@ -96,14 +95,13 @@ class MeZO(SeededOptimizer):
         closure : callable
             ``closure() -> loss``; no backward pass is needed.
         """
-        weights, seed = self.weights, mixed_seed(self._seed, self.advance(), 0)
-        plus, minus = two_sided(self.replay(closure), weights, seed, self._radius)
-        c = slope(plus, minus, self._radius)
-        rates = self.per_weight("lr")
-        for p, lr, decay in zip(weights, rates, self.per_weight("weight_decay"), strict=True):
-            if decay > 0:
-                p.mul_(1 - lr * decay)
-        add_direction(weights, seed, [-lr * c for lr in rates])
+        weights, again = self.weights, self.replay(closure)
+        options = zip(self.per_weight("lr"), self.per_weight("weight_decay"), strict=True)
+        with perturbed(weights, mixed_seed(self._seed, self.advance(), 0), self._radius) as at:
+            plus, minus = two_sided(at, again, self._radius)
+            c = slope(plus, minus, self._radius)
+            rates, keep = zip(*((-lr * c, 1 - lr * decay) for lr, decay in options), strict=True)
+            at.settle(rates, keep)
         return (plus + minus) / 2
 
 
@@ -222,9 +220,7 @@ class ZOAdaMU(SeededOptimizer):
                 yield b1 * z0 + (1 - b1) * z1, b2 * z0.square_() + (1 - b2) * z1.square_()
 
         with moved(weights, lambda: (m for m, _ in directions()), self._radius) as at:
-            plus = loss_value(again())
-            at.rescale(-self._radius)
-            minus = loss_value(again())
+            plus, minus = two_sided(at, again, self._radius)
         c = slope(plus, minus, self._radius)
         rates, decays = self.per_weight("lr"), self.per_weight("weight_decay")
         for block, (m, v) in zip(parts, directions(), strict=True):

@@ -1,3 +1,15 @@
+from .first_order.adafactor import Adafactor as Adafactor
+from .first_order.adafactor import state_bytes as state_bytes
+from .first_order.adagrad_norm import AdaGradNorm as AdaGradNorm
+from .first_order.adagrad_norm import HighProbability as HighProbability
+from .first_order.adagrad_norm import adagrad_norm_bound as adagrad_norm_bound
+from .first_order.adagrad_norm import affine_noise as affine_noise
+from .first_order.adagrad_norm import high_probability_experiment as high_probability_experiment
+from .first_order.median_gradient import MedianSGD as MedianSGD
+from .first_order.median_gradient import SampleMedianSGD as SampleMedianSGD
+from .first_order.median_gradient import geometric_median as geometric_median
+from .first_order.stochastic_model_building import SMB as SMB
+from .first_order.stochastic_model_building import model_building_step as model_building_step
 from .forward.collaborative_forward_forward import ForwardForwardClassifier as ForwardForwardClassifier
 from .forward.collaborative_forward_forward import InformationFlow as InformationFlow
 from .forward.collaborative_forward_forward import functional_entropy as functional_entropy

@@ -98,6 +98,20 @@ EXAMPLE = Example(
         (lambda: encoder_immunize(filled()[0], X, step_size=0.0), "step_size is 0"),
         (lambda: encoder_immunize(filled()[0], X, target_latent=NOISE), "target_latent has shape"),
         (lambda: encoder_immunize(filled()[0], 3 * X), "the intersection is empty"),
+        (lambda: encoder_immunize(filled()[0], X, bounds=(1.0, 0.0)), r"bounds\[0\] is 1"),
+        (lambda: encoder_immunize(filled()[0], X, bounds=(1.0,)), "bounds is"),
+        (lambda: diffusion_immunize(spatial(), X, bounds=0.5), "bounds is 0.5"),
+        (lambda: diffusion_immunize(spatial(), X, target_image=0.5), "target_image is 0.5"),
+        (lambda: editor_of(filled()).edit(X, [0, 1, 2, 0]), "condition is .*torch.Tensor"),
+        (lambda: spatial().edit(X, mask=1), "mask is 1"),
+        (lambda: spatial().edit(X, mask=2 * X[:1]), "the largest value of mask is"),
+        (lambda: spatial().edit(X, mask=-X[:1]), "the least value of mask is"),
+        (lambda: editing_report(spatial(), X, None), "immunized is None"),
+        (lambda: editing_report(spatial(), X, X / 0), "immunized holds"),
+        (lambda: editing_report(spatial(), 255 * X, X), "clean has values from"),
+        (lambda: editing_report(spatial(), X, 2 * X - 1), "immunized has values from"),
+        (lambda: editing_report(spatial(), X, X, classifier=lambda z: z.flatten(1).sum(1), wanted=Y), "the model answered shape"),
+        (lambda: editing_report(spatial(), X, X, classifier=lambda z: z.flatten(1)[:, :2], wanted=Y), "y holds labels from 0 to 2"),
         (lambda: diffusion_immunize(filled(), X, Y), "editor is a Sequential"),
         (lambda: diffusion_immunize(editor_of(filled()), X, Y[1:]), "condition has shape"),
         (lambda: diffusion_immunize(editor_of(filled()), X, Y, grad_reps=0), "grad_reps is 0"),
@@ -361,3 +375,54 @@ def test_both_edits_have_the_noise_of_the_generator():
         report = editing_report(editor, x, 1 - x, y, generator=seed)
         torch.testing.assert_close(report.clean_edit, editor.edit(x, y, generator=seed))
         torch.testing.assert_close(report.immunized_edit, editor.edit(1 - x, y, generator=seed))
+
+
+def test_bounds_are_the_peak_of_the_signal():
+    x, _ = data(3, shape=(1, 9, 9))
+    other = (x + 0.1 * randn(x.shape, generator=stream(3), dtype=F64)).clamp(0, 1)
+    same = spatial(lambda z, t: z, strength=1e-6, n_steps=1)
+    unit = editing_report(same, x, other, generator=0)
+    wide = editing_report(same, 2 * x - 1, 2 * other - 1, bounds=(-1.0, 1.0), generator=0)
+    for name in ("similarity", "edit_psnr", "image_psnr"):
+        torch.testing.assert_close(getattr(wide, name), getattr(unit, name), rtol=1e-4, atol=1e-4)
+
+
+def test_the_encoder_is_asked_as_often_as_is_said():
+    rows = {"n": 0}
+
+    def encode(x):
+        rows["n"] += len(x)
+        return x
+
+    x, _ = data(2)
+    editor = LatentEditor(
+        encode, lambda z: z, lambda z, t: 0.5 * z, VPSchedule(), predicts="x0", n_steps=2, chunk_size=8
+    )
+    found = diffusion_immunize(editor, x, n_steps=10, grad_reps=3, generator=0)
+    # Besides: one for the shape of latents, and one on which memory is measured.
+    assert rows["n"] == found.cost.nfev + 2 == 2 * 3 * 11 + 2
+    rows["n"] = 0
+    found = encoder_immunize(Oracle(encode, chunk_size=8), x, n_steps=10, generator=0)
+    assert rows["n"] == found.cost.nfev == 2 * 11 + 2
+
+
+def test_graphs_of_images_end():
+    x, y = data()
+    leaf = x.clone().requires_grad_()
+    assert not encoder_immunize(filled()[0], leaf, n_steps=1).x.requires_grad
+    found = diffusion_immunize(editor_of(filled()), leaf, y, n_steps=1, grad_reps=1)
+    assert not found.x.requires_grad
+    assert not editing_report(editor_of(filled()), leaf, found.x, y).image_psnr.requires_grad
+
+
+def test_networks_are_as_before_where_one_fails():
+    def fail(*_):
+        raise ValueError("no more memory for this")
+
+    model = filled().train()
+    model[1][2].register_forward_hook(fail)
+    x, y = data()
+    with pytest.raises(ValueError, match="no more memory"):
+        diffusion_immunize(editor_of(model), x, y, n_steps=1, grad_reps=1)
+    assert all(m.training for m in model.modules())
+    assert all(p.requires_grad and p.grad is None for p in model.parameters())

@@ -92,6 +92,14 @@ EXAMPLE = Example(
         (call_one(sparsity=1.5), "sparsity is 1.5"),
         (call_one(oracles=[lambda x: x.sum((1, 2, 3))]), "an oracle answered shape"),
         (call_one(oracles=[3]), "fun is a int"),
+        (call_one(oracles=filled(5)), "oracles or judges are a Sequential"),
+        (call_one(judges=filled(5)), "oracles or judges are a Sequential"),
+        (call_one(perturber=LatentPerturber(lambda x: x.flatten(1), lambda code: code)), "perturber.render answered has shape"),
+        (call_one(perturber=LatentPerturber(lambda x: x, lambda code: code.detach())), "has no gradient in the code"),
+        (lambda: PixelPerturber(bounds=(1.0, 0.0)), r"bounds\[0\] is 1"),
+        (lambda: PixelPerturber(bounds=(1.0,)), "bounds is"),
+        (lambda: StylePerturber(bounds=3), "bounds is 3"),
+        (lambda: oracle_vote([filled()], 3), "x is 3"),
         (lambda: oracle_vote([], images()), "there are no oracles"),
         (lambda: LatentPerturber(None, lambda code: code), "fun is a NoneType"),
         (lambda: PixelPerturber("l3"), "norm is 'l3'"),
@@ -248,3 +256,55 @@ def test_costs_count_the_rows_that_move():
     assert once.oracle_cost.nfev == 8 + known + 8
     assert report.cost.ngrad == 4 * known  # fewer than five refusals: all still move
     assert foundation_model_robustness(net, [], images()[:1], labels(net, images())[:1], perturber=FREE).images.shape == (1, 1, 4, 4)  # fmt: skip
+
+
+def test_a_decoder_sees_few_rows_at_once():
+    """As many as its memory allows, in forward and backward passes; the images are those of all at once."""
+    seen, x = [], images(40)
+
+    def decoder(code):
+        seen.append(len(code))
+        wide = code.repeat(1, 200_000)  # 12.8 MB a row in float64
+        return wide[:, :16].reshape(-1, 1, 4, 4) + 0 * wide.mean(1)[:, None, None, None]
+
+    options = {"oracles": [filled(5)], "max_iter": 2, "step": 0.5}
+    latent = LatentPerturber(lambda z: z.flatten(1)[:, :8].repeat(1, 2), decoder)
+    net = filled()
+    found = foundation_model_robustness(net, x=x, y=labels(net, x), perturber=latent, **options)
+    assert max(seen) < 10
+    plain = LatentPerturber(
+        lambda z: z.flatten(1)[:, :8].repeat(1, 2), lambda code: code.reshape(-1, 1, 4, 4)
+    )
+    wanted = foundation_model_robustness(net, x=x, y=labels(net, x), perturber=plain, **options)
+    torch.testing.assert_close(found.images, wanted.images)
+
+
+def test_an_image_that_is_not_finite_is_refused():
+    class Edge(PixelPerturber):
+        def render(self, x, code):
+            return torch.where((code - x).abs().amax((1, 2, 3), keepdim=True) < 0.6, code, torch.inf)
+
+    report = measured(filled(), oracles=[], perturber=Edge("l2", 100.0, bounds=None), max_iter=20)
+    assert bool(report.images.isfinite().all())
+    assert bool((report.steps > 0).all())
+
+
+def test_a_graph_of_the_images_ends():
+    x = images(3).requires_grad_()
+    report = foundation_model_robustness(filled(), [], x, torch.zeros(3).long(), perturber=FREE, max_iter=1)
+    assert not report.images.requires_grad
+
+
+@pytest.mark.parametrize("kind", ["latent", "pixels", "style"])
+def test_each_step_follows_the_gradient_where_the_image_is(kind):
+    """Four steps on a network that is not linear, by automatic differentiation through the whole chain."""
+    net, x, perturber = filled().eval(), images(5), PERTURBERS[kind]
+    y = labels(net, x)
+    code = perturber.start(x)
+    for _ in range(4):
+        leaf = code.detach().requires_grad_()
+        nn.functional.cross_entropy(net(perturber.render(x, leaf)), y, reduction="sum").backward()
+        unit = nn.functional.normalize(leaf.grad.flatten(1), dim=1).reshape(code.shape)
+        code = leaf.detach() + 0.7 * unit
+    report = foundation_model_robustness(net, [], x, y, perturber=perturber, max_iter=4, step=0.7)
+    torch.testing.assert_close(report.images, perturber.render(x, code))

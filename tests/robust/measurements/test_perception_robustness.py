@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 from _common import Example
-from perturbkit.core import Oracle
+from perturbkit.core import Oracle, Sphere
 from perturbkit.core.random import randn, randperm
 from perturbkit.robust import (
     GaussianProblem,
@@ -82,7 +82,11 @@ EXAMPLE = Example(
         (lambda: lipschitz_lower_bound(-1.0, 1.0, 1.0), "index is -1"),
         (lambda: lipschitz_lower_bound(1.0, -1.0, 1.0), "m1 is -1"),
         (lambda: fit_lipschitz_bound(torch.ones(1), torch.ones(1)), "the number of restorers is 1"),
-        (lambda: fit_lipschitz_bound(torch.zeros(2), torch.ones(2)), "the least index is 0"),
+        (lambda: fit_lipschitz_bound(-torch.ones(2), torch.ones(2)), "the least index is -1"),
+        (lambda: estimate_lipschitz(lambda y: y / 0, inputs(), 0.1), "NaN or infinite values"),
+        (lambda: tradeoff_curve([identity, identity], blur, inputs()), "restorers is a list"),
+        (lambda: tradeoff_curve({"a": identity, "b": identity}, None, inputs()), "degradation is a NoneType"),
+        (lambda: explore_posterior(identity, inputs(), 2, 0.1, degradation=lambda x: x[:, :1]), "degradation answered shape"),
         (lambda: fit_lipschitz_bound(torch.ones(2), torch.ones(3)), "lipschitz has shape"),
         (lambda: estimate_lipschitz(identity, inputs(), 0.0), "radius is 0"),
         (lambda: estimate_lipschitz(identity, inputs(), []), "radius is empty"),
@@ -331,3 +335,71 @@ def test_the_curve_holds_what_its_parts_say():
         slope = (1, 3, 9)[i]
         assert 0.9 * slope < float(found.lipschitz[i]) <= slope + 1e-9
     assert (found.m1, found.m2) == fit_lipschitz_bound(found.index, found.lipschitz)
+
+
+def test_a_perfect_restorer_leaves_no_bound():
+    assert fit_lipschitz_bound(torch.tensor([0.0, 1.0]), torch.tensor([1.0, 2.0])) == (0.0, 0.0)
+    toy = TwoPointProblem(0.0)
+    x, _ = toy.sample(50, generator=0)
+    found = tradeoff_curve({"same": identity, "half": lambda y: 0.5 * y}, toy.degrade, x, generator=0)
+    assert found.index[0] == 0
+    assert (found.m1, found.m2) == (0.0, 0.0)
+    assert lipschitz_lower_bound(0.0, found.m1, found.m2) == 0.0
+
+
+@pytest.mark.parametrize("method", ["exact", "sliced"])
+def test_pairs_may_come_with_graphs_and_in_several_dtypes(method):
+    x, y, x_hat = inputs(20, torch.float32, 3), inputs(20, F64), inputs(20, F64, 3, seed=5)
+    found = joint_perceptual_index(x, y, x_hat.clone().requires_grad_(), method=method, generator=0)
+    wanted = joint_perceptual_index(x.double(), y, x_hat, method=method, generator=0)
+    assert found == pytest.approx(wanted, rel=1e-12)
+
+
+def test_a_radius_may_be_any_number():
+    import numpy as np
+
+    for radius in (np.float32(0.5), torch.tensor(0.5), [0.5], torch.tensor([0.5])):
+        found = estimate_lipschitz(identity, inputs(2), radius, n_steps=1, n_restarts=1, generator=0)
+        assert found.values.tolist() == pytest.approx([1.0] * 2)
+
+
+def test_answers_that_do_not_count_may_be_infinite():
+    y = torch.zeros(1, 1, dtype=F64)
+    found = explore_posterior(
+        lambda v: torch.where(v > 0, v, torch.inf),
+        y,
+        50,
+        0.1,
+        degradation=identity,
+        tolerance=1.0,
+        generator=0,
+    )
+    kept = found.samples[0][found.consistent[0]]
+    assert 1 < len(kept) < 50
+    assert float(found.diversity[0]) == pytest.approx(float(kept.std()))
+
+
+def test_the_steps_fall_from_four_radii_along_half_a_cosine():
+    """Two steps from a known start, by hand: 4 r and 2.1 r up the gradient ``W^T W d`` and back onto the sphere."""
+    w, y = randn((5, 4), generator=rng(2), dtype=F64), inputs(6, d=4)
+    found = estimate_lipschitz(lambda v: v @ w.T, y, 0.3, n_steps=2, n_restarts=1, generator=9)
+    delta = Sphere(0.3).sample(y, generator=rng(9))
+    reached = []
+    for stride in (4.0, 2.1, None):
+        reached.append((delta @ w.T).norm(dim=1) / 0.3)
+        if stride is not None:
+            uphill = delta @ w.T @ w
+            delta = delta + 0.3 * stride * uphill / uphill.norm(dim=1, keepdim=True)
+            delta = 0.3 * delta / delta.norm(dim=1, keepdim=True)
+    torch.testing.assert_close(found.values, torch.stack(reached).amax(0), rtol=1e-9, atol=0)
+    assert bool((reached[2] > reached[1]).all())
+
+
+@pytest.mark.parametrize("method", ["exact", "sliced"])
+def test_large_orders_do_not_overflow(method):
+    """The order goes to the largest of the distances; of one shift all are the same."""
+    x, y = inputs(10), torch.zeros(10, 1, dtype=F64)
+    options = {"method": method, "generator": 0}
+    found = joint_perceptual_index(x, y, x + torch.tensor([3e4, 4e4], dtype=F64), p=200, **options)
+    assert found == pytest.approx(5e4, rel=0.05)
+    assert joint_perceptual_index(x, y, x, p=200, **options) == 0

@@ -44,6 +44,12 @@ def with_model(model, generator, dtype):
     return {"weights": flatten(found.model_), "loss": found.history_.loss, "lists": found.reference_.lists}
 
 
+def broken():
+    model = network()
+    model.bias.data[0] = torch.nan
+    return model
+
+
 def loss_of(scores=None, reference=None, negatives=None):
     rows = torch.zeros(2, 5) if scores is None else scores
     kept = torch.tensor([[0, 1], [2, 3]]) if reference is None else reference
@@ -59,6 +65,21 @@ EXAMPLE = Example(
         (lambda: FINEST(network(), n_negatives=0), "n_negatives is 0"),
         (lambda: FINEST(network(), weight=-1.0), "weight is -1"),
         (lambda: FINEST(network(), margins=(0.1, -0.1)), "margins is -0.1"),
+        (lambda: FINEST(network(), margins=0.1), "margins is 0.1"),
+        (lambda: FINEST(network(), margins=(0.1,)), "margins is"),
+        (lambda: FINEST(network(), kinds=[], perturb_ratio=0), "kinds is empty"),
+        (lambda: FINEST(network(), k=3).fit(users(), "lists"), "reference is a str"),
+        (lambda: FINEST(network(), k=3).fit(users(), reference_lists(NextItemModel(50, 4), [torch.tensor([40])], 3)), "reference names item"),
+        (lambda: FINEST(network().requires_grad_(False), k=3).fit(users()), "no parameter to train"),
+        (lambda: FINEST(network(), k=3).fit(7), "interactions are a int"),
+        (lambda: reference_lists(None, users(), 3), "model is a NoneType"),
+        (lambda: reference_lists(broken(), users(), 3), "scores that are not a number"),
+        (lambda: rank_stability(None, users(), [users()], users(), k=3), "train is a NoneType"),
+        (lambda: loss_of(reference=torch.tensor([[0, 5], [1, 2]])), "reference.flatten.. holds labels from 0 to 5"),
+        (lambda: loss_of(negatives=torch.tensor([[-1], [2]])), "negatives.flatten.. holds labels from -1"),
+        (lambda: loss_of(reference=torch.zeros(2, 2)), "reference.flatten.. has dtype"),
+        (lambda: rank_preserving_loss(torch.zeros(1, 3), torch.tensor([[0]]), torch.tensor([[1]]), (-1.0, 0.1)), "margins is -1"),
+        (lambda: rank_biased_overlap([[1, 2], [3]], [1, 2]), "a is .*rectangular"),
         (lambda: FINEST(network(), perturb_ratio=1.5), "perturb_ratio is 1.5"),
         (lambda: FINEST(network(), kinds=["swap"]), "kinds is 'swap'"),
         (lambda: FINEST(network(), epochs=0), "epochs is 0"),
@@ -292,3 +313,50 @@ def test_stability_compares_two_pipelines():
         a, b = (net(context[None])[0, -1].topk(3).indices.tolist() for net in nets.values())
         assert float(found.rbo[1, i]) == pytest.approx(by_definition(a, b, 0.7))
         assert float(found.jaccard[1, i]) == pytest.approx(len({*a} & {*b}) / len({*a} | {*b}))
+
+
+def test_a_share_of_a_hundred_is_a_whole_number():
+    """0.07 times 100 is a little above 7 in binary."""
+    data = [torch.zeros(10, dtype=torch.long)] * 10
+    for percent in range(101):
+        found = perturb_interactions(data, percent / 100, n_items=3, kinds=["insert"], generator=0)
+        assert sum(map(len, found)) == 100 + percent
+
+
+def test_training_goes_on_where_every_user_is_left_with_one_interaction():
+    base = network()
+    found = FINEST(base, k=3, epochs=2, lr=0.1, perturb_ratio=1, kinds=["delete"], generator=0).fit(users())
+    assert found.history_.loss.isfinite().all()
+    torch.testing.assert_close(found.history_.loss, found.history_.reference_loss)
+
+
+class Counts(nn.Module):
+    """The items that occur most, whatever came before; no weights."""
+
+    def __init__(self, data, learned=False):
+        super().__init__()
+        counts = torch.cat(data).bincount(minlength=ITEMS).double()
+        self.counts = counts + torch.arange(ITEMS) / 100
+        if learned:
+            self.register_buffer("kept", counts)
+
+    def forward(self, items):
+        return self.counts.expand(*items.shape, -1)
+
+
+@pytest.mark.parametrize("learned", [False, True], ids=["bare", "buffers"])
+def test_recommenders_without_weights_can_be_compared(learned):
+    data, changed = users(20), users(20, seed=50)
+    found = rank_stability(lambda d: Counts(d, learned), data, [data, changed], data, k=4)
+    torch.testing.assert_close(found.rbo[0], torch.ones(20, dtype=F64))
+    assert float(found.rbo[1].max()) < 0.99
+
+
+def test_lists_are_the_same_in_chunks(monkeypatch):
+    from perturbkit.core import Oracle
+
+    model, data = network(), users(9)
+    whole = reference_lists(model, data, 4)
+    monkeypatch.setattr(Oracle, "_size", lambda self, rows, kind: 2)
+    assert torch.equal(reference_lists(model, data, 4).lists, whole.lists)
+    assert model.training

@@ -110,9 +110,29 @@ EXAMPLE = Example(
         (lambda: error_maximising_poison(filled(), *small(), shift=3), "shift is 3"),
         (lambda: error_maximising_poison(filled(), *small(), n_steps=0), "n_steps is 0"),
         (lambda: error_maximising_poison(filled(), small()[0], small()[1] + 1), "y holds labels"),
-        (lambda: evaluate_poisons(None, *small(), *small(), {}, SAME), "poisons is empty"),
-        (lambda: evaluate_poisons(None, *small(), *small(), SAME, {}), "defences is empty"),
-        (lambda: evaluate_poisons(None, *small(), -small()[0], small()[1], SAME, SAME), "x_test has 3 channels"),
+        (lambda: error_minimising_poison(filled(), small()[0], small()[1] + 1), "y holds labels"),
+        (lambda: error_minimising_poison(filled(), *small(), n_steps=0), "n_steps is 0"),
+        (lambda: error_maximising_poison(lambda z: z.flatten(1).sum(1), *small()), "the model answered shape"),
+        (lambda: error_minimising_poison(filled(), 255 * small()[0], small()[1]), "clip the inputs"),
+        (lambda: jpeg(torch.zeros(1, 1, 65_497, 1)), "the height of images is 65497"),
+        (lambda: jpeg(torch.zeros(1, 1, 1, 70_000)), "the width of images is 70000"),
+        (lambda: jpeg(torch.full((1, 1, 8, 8), torch.nan)), "images holds 64 NaN"),
+        (lambda: evaluate_poisons(filled, *small(), *small(), {}, SAME), "poisons is empty"),
+        (lambda: evaluate_poisons(filled, *small(), *small(), SAME, {}), "defences is empty"),
+        (lambda: evaluate_poisons(filled, *small(), *small(), SAME, [reduce_bits]), "defences is a list"),
+        (lambda: evaluate_poisons(None, *small(), *small(), SAME, SAME), "train is a NoneType"),
+        (lambda: evaluate_poisons(filled, *small(), None, small()[1], SAME, SAME), "x_test is None"),
+        (
+            lambda: evaluate_poisons(filled, *small(), *small(), {"cut": lambda x, y: x[1:]}, SAME),
+            "the answer of poison 'cut' has shape",
+        ),
+        (
+            lambda: evaluate_poisons(
+                lambda x, y: lambda z: z.flatten(1).sum(1), *small(), *small(), SAME, SAME
+            ),
+            "the model answered shape",
+        ),
+        (lambda: evaluate_poisons(filled, *small(), -small()[0], small()[1], SAME, SAME), "x_test has 3 channels"),
     ),
     stochastic=True,
 )  # fmt: skip
@@ -245,6 +265,23 @@ def test_squeezing_takes_out_what_it_is_for():
     assert left(colour, jpeg_quality=None) < 1e-12
     assert left(colour, grayscale=False, jpeg_quality=50) > 4 / 255
     assert left(fine, grayscale=False) == 0 < left(fine, jpeg_quality=None)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_half_precisions_go_through_the_form_in_torch(dtype):
+    x = images(dtype=F64).to(dtype)
+    found = jpeg(x, 50, differentiable=True)
+    assert found.dtype == dtype
+    assert float((found.double() - jpeg(x.double(), 50)).abs().mean()) < 2 / 255
+
+
+def test_answers_may_be_written_to():
+    x = images()
+    for squeeze in (grayscale, ImageShortcutSqueezing(), ImageShortcutSqueezing(False, None)):
+        before, out = x.clone(), squeeze(x)
+        wanted = 0.5 * out
+        assert torch.equal(out.mul_(0.5), wanted)
+        assert torch.equal(x, before)
 
 
 # -- poisons --------------------------------------------------------------------------------------------------

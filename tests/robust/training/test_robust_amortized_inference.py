@@ -102,7 +102,24 @@ EXAMPLE = Example(
         (lambda: AmortizedPosterior(None, prior_of()), "simulator is a NoneType"),
         (lambda: AmortizedPosterior(simulator_of(), 3), "prior is a int"),
         (lambda: AmortizedPosterior(simulator_of(), prior_of(), density="kde"), "density is 'kde'"),
+        (lambda: AmortizedPosterior(simulator_of(), prior_of(), density=nn.Linear(1, 1)), "density is a Linear"),
         (lambda: AmortizedPosterior(simulator_of(), prior_of(), density="maf", estimator="exact"), "estimator is"),
+        (lambda: AmortizedPosterior(simulator_of(), prior_of()).simulate(0), "n is 0"),
+        (lambda: tiny().fit((torch.zeros(20, 2),)), "tensors in simulations is 1"),
+        (lambda: fisher_trace(tiny(torch.float32), torch.zeros(2, DX, dtype=F64)), "x has dtype torch.float64"),
+        (
+            lambda: tiny(torch.float32).log_prob(torch.zeros(2, D, dtype=F64), torch.zeros(2, DX)),
+            "theta has dtype torch.float64",
+        ),
+        (
+            lambda: posterior_attack(
+                tiny(density="mdn"), torch.zeros(2, DX), 0.5, n_samples=1, direction="reverse"
+            ),
+            "n_samples in the reverse direction is 1",
+        ),
+        (lambda: posterior_attack(tiny(torch.float32), 1e6 * torch.ones(2, DX), 0.5), "information overflows in 2 of 2 rows"),
+        (lambda: robustness_report(tiny(), torch.zeros(2, DX), 0.5), "epsilons has shape"),
+        (lambda: robustness_report(tiny(), torch.zeros(2, DX), [0.5], norm="linf"), "norm is 'linf'"),
         (lambda: AmortizedPosterior(simulator_of(), prior_of(), fisher_weight=-1.0), "fisher_weight is -1"),
         (lambda: AmortizedPosterior(simulator_of(), prior_of(), hidden=0), "hidden is 0"),
         (lambda: AmortizedPosterior(simulator_of(), prior_of()).sample(torch.zeros(1, DX)), "not fitted"),
@@ -422,3 +439,96 @@ def test_units_of_the_data_do_not_matter():
         other.log_prob(10 * theta + 3, 5 * x - 1), first.log_prob(theta, x) - D * math.log(10)
     )
     torch.testing.assert_close(fisher_trace(other, 5 * x - 1), fisher_trace(first, x))
+
+
+def test_the_divergence_reported_is_not_the_luckiest_of_its_estimates():
+    """No change of this size reaches more than the optimum, so neither may the mean of what is reported."""
+    model, information = linear(moments=False)
+    x = randn((200, DX), generator=rng(9), dtype=F64)
+    best = 0.5 * 0.05**2 * float(torch.linalg.eigvalsh(information)[-1])
+    found = posterior_attack(model, x, 0.05, n_steps=5, n_samples=20, generator=0).kl
+    assert float(found.mean()) < best + 4 * float(found.std()) / len(x) ** 0.5
+
+
+@pytest.mark.parametrize("moments", [True, False])
+def test_the_cost_is_what_the_density_is_asked_for(moments):
+    asked = {"rows": 0}
+
+    class Counted(Linear):
+        def _moments(self, x):
+            asked["rows"] += len(x)
+            return super()._moments(x)
+
+    density = Counted(torch.ones(D, DX, dtype=F64), torch.eye(D, dtype=F64), moments)
+    model = AmortizedPosterior(simulator_of(), prior_of(), density=density, generator=0).fit(50, epochs=1)
+    asked["rows"] = 0
+    x = randn((4, DX), generator=rng(5), dtype=F64)
+    found = posterior_attack(model, x, 0.5, n_steps=10, n_restarts=2, n_samples=7, generator=0)
+    assert found.cost.ngrad == 4 * 10 * 2
+    assert found.cost.nfev == found.cost.ngrad + 4 * (2 if moments else 3)
+    if moments:
+        # Besides: the information, the moments before the change, and two rows on which memory is measured.
+        assert asked["rows"] == found.cost.nfev + 4 + 4 + 2
+
+
+def test_a_random_change_costs_the_mean_of_the_spectrum():
+    model, information = linear()
+    x = randn((3, DX), generator=rng(5), dtype=F64)
+    report = robustness_report(model, x, [0.3], n_draws=2000, n_steps=2, n_restarts=1, generator=0)
+    wanted = 0.5 * 0.3**2 * float(information.trace()) / DX
+    torch.testing.assert_close(report.noise, torch.full((1, 3), wanted, dtype=F64), rtol=0.08, atol=0)
+
+
+def test_dtypes_of_parameters_and_observations_may_differ():
+    theta, x = randn((60, D), generator=rng(1)), randn((60, DX), generator=rng(2), dtype=F64)
+    model = AmortizedPosterior(simulator_of(), prior_of(), generator=0, hidden=6).fit((theta, x), epochs=1)
+    assert model.log_prob(theta, x).dtype == F64
+    wide = AmortizedPosterior(
+        lambda t, g: simulator_of()(t.double(), g), prior_of(torch.float32), generator=0
+    )
+    assert wide.simulate(5)[1].dtype == F64
+
+
+@pytest.mark.parametrize("estimator", ["exact", "ema"])
+def test_a_density_may_ignore_the_observations_at_first_and_hold_parameters_fixed(estimator):
+    density = Linear(torch.zeros(D, DX, dtype=F64), torch.eye(D, dtype=F64), estimator == "exact")
+    density.factor.requires_grad_(False)
+    model = AmortizedPosterior(
+        simulator_of(), prior_of(), density=density, fisher_weight=0.1, estimator=estimator, generator=0
+    ).fit(50, epochs=1)
+    assert bool(flatten(density).isfinite().all())
+    assert bool(density.a.any())
+    assert torch.equal(density.factor, torch.eye(D, dtype=F64))
+    assert model.history_.reference_loss.isfinite().all()
+
+
+def test_a_constant_column_has_unit_scale_and_graphs_of_observations_end():
+    theta = randn((6000, D), generator=rng(1))
+    x = torch.cat([theta, torch.full((6000, 1), 0.1)], 1)
+    model = AmortizedPosterior(simulator_of(), prior_of(), generator=0, hidden=6).fit((theta, x), epochs=1)
+    assert float(model.x_std_[2]) == 1
+    rows = x[:2].clone().requires_grad_()
+    found = posterior_attack(model, rows, 0.1, n_steps=2, generator=0)
+    assert not found.x.requires_grad
+    assert not model.log_prob(theta[:2], rows).requires_grad
+
+
+def test_draws_are_differentiated_in_chunks(monkeypatch):
+    from perturbkit.core import Oracle
+
+    asked = []
+
+    class Watched(Linear):
+        def log_prob(self, theta, x):
+            asked.append(len(x))
+            return super().log_prob(theta, x)
+
+    density = Watched(torch.ones(D, DX, dtype=F64), torch.eye(D, dtype=F64), moments=False)
+    model = AmortizedPosterior(simulator_of(), prior_of(), density=density, generator=0).fit(50, epochs=1)
+    x = randn((3, DX), generator=rng(5), dtype=F64)
+    whole = fisher_information(model, x, n_samples=50, generator=0)
+    monkeypatch.setattr(Oracle, "_size", lambda self, rows, kind: 7)
+    asked.clear()
+    torch.testing.assert_close(fisher_information(model, x, n_samples=50, generator=0), whole)
+    assert max(asked) == 7
+    assert sum(asked) == 150

@@ -96,6 +96,17 @@ EXAMPLE = Example(
         (lambda: method(n_scales=(20, 10)), r"n_scales\[1\] is 10"),
         (lambda: method(ema=(1.0, 1.0)), r"ema\[0\] is 1"),
         (lambda: method(ema=(0.9, 0.5)), r"ema\[1\] is 0.5"),
+        (lambda: method(n_scales=20), "n_scales is 20"),
+        (lambda: method(ema=(0.9,)), "ema is"),
+        (lambda: method().schedule(0, 0), "steps is 0"),
+        (lambda: method().schedule(11, 10), "step is 11"),
+        (lambda: method().represent(3, 0.3), "x is 3"),
+        (lambda: method().represent(data()[0], 0.0), "sigma has shape"),
+        (lambda: method().represent(data()[0], torch.ones(3)), "sigma has shape"),
+        (lambda: pretrain(augment=None), "augment is a NoneType"),
+        (lambda: pretrain(augment=lambda x, g: 3), "what augment answered is 3"),
+        (lambda: pretrain(augment=lambda x, g: x / 0), "what augment answered holds"),
+        (lambda: finetune(augment="crop"), "augment is a str"),
         (lambda: method().times(1), "n is 1"),
         (lambda: pretrain(x=data()[1][:, None]), "x has dtype"),
         (lambda: pretrain(x=data(1)[0]), "the number of rows of x is 1"),
@@ -156,7 +167,8 @@ def test_the_grid_doubles_in_equal_stages_and_the_averaging_slows():
     levels = [level for level, _ in found]
     assert sorted(set(levels)) == [21, 41, 81]
     assert levels == sorted(levels)
-    assert [levels.count(n) for n in (21, 41)] == [431, 431]  # 1000 / log2(5)
+    assert [levels.count(n) for n in (21, 41, 81)] == [334, 333, 333]
+    assert {method(n_scales=(20, 50)).schedule(step, 30)[0] for step in range(30)} == {21, 41, 51}
     rates = [rate for _, rate in found]
     assert rates == sorted(rates)
     assert rates[0] == 0.99
@@ -305,3 +317,20 @@ def test_a_linear_classifier_is_certified_at_its_margin():
     assert int(certificate.prediction[0]) == 1
     assert float(certificate.share[0]) == pytest.approx(normal.cdf(0.5 / 0.4), abs=0.01)
     assert 0.47 < float(certificate.radius[0]) < 0.5
+
+
+def test_modes_and_gradients_are_as_before_where_an_augmentation_fails():
+    found, calls = method(), []
+
+    def second(x, generator):
+        calls.append(len(x))
+        if len(calls) > 2:
+            raise RuntimeError("no more pictures")
+        return jitter(x, generator)
+
+    found.encoder.eval()
+    with pytest.raises(RuntimeError, match="no more pictures"):
+        found.pretrain(data()[0], steps=3, augment=second)
+    assert (found.encoder.training, found.projector.training) == (False, True)
+    assert all(p.grad is None and p.requires_grad for p in found.encoder.parameters())
+    assert all(p.grad is None and p.requires_grad for p in found.projector.parameters())

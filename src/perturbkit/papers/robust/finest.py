@@ -1,8 +1,8 @@
 """Rank-preserving fine-tuning against plain training when one interaction in a hundred changes.
 
 Sequences of 300 users over 200 items in ten clusters, five changed data sets, two seeds. Whole pipelines are compared, each on
-its own data: a recurrent recommender, then as many epochs of plain training, of plain training with averaged weights, stopped
-at its best, or of the method. The method is tried in two ways: with its own lists as reference, which makes nothing of the
+its own data: a recurrent recommender, then as many epochs of plain training, of plain training with averaged weights, or of the
+method; or plain training for all those epochs, stopped at its best. The method is tried in two ways: with its own lists as reference, which makes nothing of the
 original data known to the pipeline on changed data, and anchored, with those of the recommender in service. Simulated changes
 without the rank-preserving loss are the control.
 """
@@ -138,7 +138,7 @@ def _pipelines(
     trained["averaged"] = copy.deepcopy(base)
     trained["averaged"].load_state_dict({k: torch.stack([s[k] for s in late]).mean(0) for k in late[0]})
     states.clear()
-    FINEST(first, weight=0, perturb_ratio=0, epochs=_EPOCHS, lr=_RATE, generator=stream(seed, 7)).fit(shorter, evaluate=judge)  # fmt: skip
+    FINEST(first, weight=0, perturb_ratio=0, epochs=_EPOCHS + _MORE, lr=_RATE, generator=stream(seed, 7)).fit(shorter, evaluate=judge)  # fmt: skip
     trained["stopped"] = copy.deepcopy(base)
     trained["stopped"].load_state_dict(states[max(range(len(scores)), key=scores.__getitem__)])
     trained["FINEST"] = tuned(1.0, 0.01).fit(data).model_

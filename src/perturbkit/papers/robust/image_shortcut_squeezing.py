@@ -76,6 +76,7 @@ def _comparisons(world: str, found: dict[tuple[str, str], float]) -> list[Compar
         Comparison(f"{world}: accuracy after two of three poisons at most 0.6 of that after clean images", second, clean, "lower", factor=0.6, n=_TEST),
         Comparison(f"{world}: squeezed, mean over poisons, at least 0.85 of the accuracy after clean images", mean(_SQUEEZED), clean, "higher", factor=0.85, n=_TEST),
         Comparison(f"{world}: squeezed, mean over poisons, above the best other treatment ({best})", mean(_SQUEEZED), mean(best), "higher", n=_TEST),
+        Comparison(f"{world}, patches: grey levels above JPEG", found["patches", grey], found["patches", block], "higher", n=_TEST),
         Comparison(f"{world}, error-minimising poison: grey levels above JPEG", found["error-minimising", grey], found["error-minimising", block], "higher", n=_TEST),
         Comparison(f"{world}, error-maximising poison: JPEG above grey levels", found["error-maximising", block], found["error-maximising", grey], "higher", n=_TEST),
         Comparison(

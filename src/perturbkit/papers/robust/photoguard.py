@@ -20,7 +20,7 @@ _STRENGTH, _STEPS = 0.3, 5
 
 
 @paper(
-    number=82,
+    number=198,
     title="Raising the Cost of Malicious AI-Powered Image Editing",
     authors="Salman, Khaddaj, Leclerc, Ilyas, Madry",
     year=2023,

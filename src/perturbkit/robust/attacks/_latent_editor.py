@@ -118,28 +118,38 @@ class LatentEditor:
         rows = self.rows(x, condition, mask)
         if noise is None:
             noise = self.noise(x, as_generator(generator))
-        checks.tensor("noise", noise, shape=(len(x), *self._latent_shape(x)))
+        else:
+            checks.tensor("noise", noise, shape=(len(x), *self.latent_shape(x)))
         with self.frozen():
             return Oracle(self.pipeline(condition, mask), chunk_size=self.chunk_size)(x, noise, *rows)
 
     def noise(self, x: Tensor, generator: torch.Generator) -> Tensor:
         """Return noise for one edit of each image."""
-        return randn((len(x), *self._latent_shape(x)), generator=generator, like=x)
+        return randn((len(x), *self.latent_shape(x)), generator=generator, like=x)
+
+    def latent_shape(self, x: Tensor) -> torch.Size:
+        """Return the shape of an image's latent, by an evaluation of the encoder."""
+        return self.encode(x[:1]).shape[1:]
 
     def rows(self, x: Tensor, condition: Tensor | None, mask: Tensor | None) -> list[Tensor]:
         """Check what goes with the images and return it, a row an image."""
         checks.image_batch("x", x)
         found = []
         if condition is not None:
+            checks.tensor("condition", condition, floating=False)
             found.append(
                 checks.tensor("condition", condition, floating=False, shape=(len(x), *condition.shape[1:]))
             )
         if mask is not None:
             full = (len(x), 1, *x.shape[2:])
+            checks.tensor("mask", mask, ndim=4)
             checks.tensor("mask", mask, shape=(full if len(mask) > 1 else (1, *full[1:])))
-            if len(self._latent_shape(x)) != 3:
+            checks.between("the least value of mask", float(mask.min()), 0, 1)
+            checks.between("the largest value of mask", float(mask.max()), 0, 1)
+            latent = self.latent_shape(x)
+            if len(latent) != 3:
                 raise checks.ArgumentError(
-                    f"a mask is given, but latents have shape {tuple(self._latent_shape(x))}; allowed: latents (channels, height, "
+                    f"a mask is given, but latents have shape {tuple(latent)}; allowed: latents (channels, height, "
                     "width) with a mask. Leave the mask out."
                 )
             found.append(mask.to(x).expand(full))
@@ -183,6 +193,3 @@ class LatentEditor:
             for part in (self.encode, self.decode, self.network):
                 stack.enter_context(part.frozen())
             yield
-
-    def _latent_shape(self, x: Tensor) -> torch.Size:
-        return self.encode(x[:1]).shape[1:]

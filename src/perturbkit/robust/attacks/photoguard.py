@@ -6,7 +6,8 @@ the Cost of Malicious AI-Powered Image Editing, arXiv:2302.06588.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -16,8 +17,9 @@ from torch.nn import functional
 
 from perturbkit.core import Ball, Cost, Oracle, Result, around, checks, track
 from perturbkit.core.progress import ProgressLike
-from perturbkit.core.random import Seed, as_generator
+from perturbkit.core.random import Seed, as_generator, randn
 from perturbkit.robust.attacks._latent_editor import LatentEditor, Network
+from perturbkit.robust.attacks._parts import labels_for
 
 __all__ = [
     "EditingReport",
@@ -129,7 +131,7 @@ def encoder_immunize(
     -----
     ``min_{|d| <= epsilon} ||E(x + d) - z||^2``. It protects against this encoder: others, compression or retraining may undo it.
 
-    Cost: ``n_steps`` gradients of the encoder a row.
+    Cost: ``n_steps`` gradients and an evaluation of the encoder a row, and two evaluations more.
 
     References
     ----------
@@ -142,10 +144,11 @@ def encoder_immunize(
     >>> [round(v, 2) for v in found.x.flatten().tolist()]
     [0.45, 0.6]
     """
-    checks.image_batch("x", x)
+    x = checks.image_batch("x", x).detach()
+    low, high = _range(bounds)
     oracle = Oracle.wrap(encoder)
     before = oracle.cost
-    goal = oracle(torch.full_like(x[:1], sum(bounds) / 2)) if target_latent is None else target_latent
+    goal = oracle(torch.full_like(x[:1], (low + high) / 2)) if target_latent is None else target_latent
     latent = oracle(x[:1])
     goal = checks.tensor("target_latent", goal).to(latent)
     if goal.shape not in (latent.shape, latent.shape[1:]):
@@ -219,7 +222,7 @@ def diffusion_immunize(
     -----
     ``min_{|d| <= epsilon} E_noise ||edit(x + d, noise) - target||^2``.
 
-    Cost: ``n_steps grad_reps`` gradients of the editor a row.
+    Cost: ``n_steps grad_reps`` gradients and ``grad_reps`` evaluations of the editor a row, and one of its encoder.
 
     References
     ----------
@@ -238,11 +241,15 @@ def diffusion_immunize(
         raise checks.ArgumentTypeError(
             f"editor is a {type(editor).__name__}; allowed: a LatentEditor. Make one of encoder, decoder and network."
         )
+    x = checks.image_batch("x", x).detach()
     extra = editor.rows(x, condition, mask)
     checks.integer("grad_reps", grad_reps, low=1)
-    target = torch.full_like(x[:1], sum(bounds) / 2) if target_image is None else target_image
+    low, high = _range(bounds)
+    target = torch.full_like(x[:1], (low + high) / 2) if target_image is None else target_image
+    checks.image_batch("target_image", target)
     checks.tensor("target_image", target, shape=(len(target) if len(target) == 1 else len(x), *x.shape[1:]))
     g = as_generator(generator)
+    latent = editor.latent_shape(x)
     run = editor.pipeline(condition, mask)
 
     def distance(z: Tensor, noise: Tensor, goal: Tensor, *rows: Tensor) -> Tensor:
@@ -253,14 +260,14 @@ def diffusion_immunize(
 
     def query(z: Tensor) -> Tensor:
         rows = _repeated(z, grad_reps)
-        _, slope = oracle.value_and_gradient(rows, None, editor.noise(rows, g), *fixed)
+        _, slope = oracle.value_and_gradient(rows, None, _noise(rows, latent, g), *fixed)
         return slope.unflatten(0, (len(z), grad_reps)).mean(1)
 
     keep = None if mask is None else 1 - mask.to(x)
     with editor.frozen():
         found = _descend(query, x, epsilon, norm, bounds, n_steps, step_size, keep, g, progress)
         rows = _repeated(found, grad_reps)
-        final = oracle(rows, editor.noise(rows, g), *fixed).unflatten(0, (len(x), grad_reps)).mean(1)
+        final = oracle(rows, _noise(rows, latent, g), *fixed).unflatten(0, (len(x), grad_reps)).mean(1)
     return Immunization(found, final, oracle.cost)
 
 
@@ -273,6 +280,7 @@ def editing_report(
     mask: Tensor | None = None,
     classifier: Network | None = None,
     wanted: Tensor | None = None,
+    bounds: tuple[float, float] = (0.0, 1.0),
     generator: Seed = None,
 ) -> EditingReport:
     """Edit clean and immunised images with the same noise and compare.
@@ -282,13 +290,15 @@ def editing_report(
     editor : LatentEditor
         The editor, which need not be the one that was protected against.
     clean, immunized : Tensor, shape (n, channels, height, width)
-        Images in [0, 1], sides of 7 pixels at least.
+        Images within ``bounds``, sides of 7 pixels at least.
     condition, mask
         As in :meth:`LatentEditor.edit`.
     classifier : Oracle, nn.Module or callable, optional
         Answers (n, classes) to an edit.
     wanted : Tensor of int64, shape (n,), optional
         The classes that the edits ask for; ``condition`` by default.
+    bounds : (float, float)
+        Smallest and largest value of a pixel, whose distance is the peak of the signal.
     generator : torch.Generator, int or None
         Draws the noise.
 
@@ -299,7 +309,9 @@ def editing_report(
     Raises
     ------
     ArgumentError, ArgumentTypeError
-        If shapes do not agree, or a classifier has nothing to look for.
+        If shapes do not agree, an image is out of bounds, or a classifier has nothing to look for.
+    ModelError
+        If the classifier does not answer one score a class.
 
     Notes
     -----
@@ -319,8 +331,18 @@ def editing_report(
     >>> editing_report(editor, x, x, generator=0).similarity
     tensor([1.])
     """
-    checks.image_batch("clean", clean)
+    low, high = _range(bounds)
+    for name, images in (("clean", clean), ("immunized", immunized)):
+        checks.image_batch(name, images)
+        least, most = float(images.detach().min()), float(images.detach().max())
+        slack = 1e-4 * (high - low)
+        if least < low - slack or most > high + slack:
+            raise checks.ArgumentError(
+                f"{name} has values from {least:.4g} to {most:.4g}; allowed: from {low:g} to {high:g}. Scale the images, or pass "
+                "their bounds."
+            )
     checks.same_shape("immunized", immunized, "clean", clean)
+    clean, immunized = clean.detach(), immunized.detach()
     for side in clean.shape[2:]:
         checks.integer("the side of the images", side, low=_WINDOW)
     noise = editor.noise(clean, as_generator(generator))
@@ -332,13 +354,28 @@ def editing_report(
             raise checks.ArgumentError(
                 "wanted is None; allowed: a class a row for the classifier to find. Pass wanted=."
             )
-        labels = checks.labels("wanted", asked, n=len(clean)).to(clean.device)
-        seen = [Oracle.wrap(classifier)(e).argmax(1) == labels for e in edits]
+        checks.labels("wanted", asked, n=len(clean))
+        answers = [labels_for(Oracle.wrap(classifier), e, asked) for e in edits]
+        seen = [scores.argmax(1) == labels for scores, labels in answers]
     latents = [editor.encode(x).flatten(1) for x in (clean, immunized)]
     shift = (latents[1] - latents[0]).norm(dim=1) / latents[0].norm(dim=1)
+    shown, pictures = ([(z - low) / (high - low) for z in pair] for pair in (edits, (clean, immunized)))
     return EditingReport(
-        edits[0], edits[1], _structural_similarity(*edits), _psnr(*edits), _psnr(clean, immunized), shift, seen[0], seen[1]
+        edits[0], edits[1], _structural_similarity(*shown), _psnr(*shown), _psnr(*pictures), shift, seen[0], seen[1]
     )  # fmt: skip
+
+
+def _range(bounds: tuple[float, float]) -> tuple[float, float]:
+    if not isinstance(bounds, Sequence) or len(bounds) != 2:
+        raise checks.ArgumentTypeError(
+            f"bounds is {bounds!r}; allowed: two numbers. Pass (smallest, largest) value of a pixel."
+        )
+    high = checks.between("bounds[1]", bounds[1], -math.inf, math.inf)
+    return checks.between("bounds[0]", bounds[0], -math.inf, high, inclusive="low"), high
+
+
+def _noise(rows: Tensor, latent: Sequence[int], generator: torch.Generator) -> Tensor:
+    return randn((len(rows), *latent), generator=generator, like=rows)
 
 
 def _descend(

@@ -81,15 +81,16 @@ def joint_perceptual_index(
     checks.between("p", p, 1, math.inf)
     checks.one_of("method", method, ("exact", "sliced"))
     checks.integer("n_projections", n_projections, low=1)
-    given = y.reshape(len(y), -1).to(x)
-    true, restored = (torch.cat([v.reshape(len(v), -1), given], 1) for v in (x, x_hat))
+    dtype = torch.promote_types(torch.promote_types(x.dtype, y.dtype), x_hat.dtype)
+    signal, seen, answer = (v.detach().reshape(len(x), -1).to(x.device, dtype) for v in (x, y, x_hat))
+    true, restored = torch.cat([signal, seen], 1), torch.cat([answer, seen], 1)
     if method == "exact":
         checks.integer("the number of pairs of the exact index", len(x), high=_MOST_PAIRS)
         return _transport(true, restored, p)
     directions = randn((true.shape[1], n_projections), generator=as_generator(generator), like=true)
     directions = directions / directions.norm(dim=0)
     gaps = ((true @ directions).sort(0).values - (restored @ directions).sort(0).values).abs()
-    return float(gaps.pow(p).mean()) ** (1 / p)
+    return _power_mean(gaps.double(), p)
 
 
 class TwoPointProblem:
@@ -226,6 +227,13 @@ def _transport(a: Tensor, b: Tensor, p: float) -> float:
     """Return W_p between two samples of equal size, exactly."""
     from scipy.optimize import linear_sum_assignment
 
-    cost = torch.cdist(a, b, compute_mode="donot_use_mm_for_euclid_dist").double().pow(p).cpu().numpy()
-    rows, columns = linear_sum_assignment(cost)
-    return float(cost[rows, columns].mean()) ** (1 / p)
+    distance = torch.cdist(a, b, compute_mode="donot_use_mm_for_euclid_dist").double().cpu()
+    # In units of the largest, whose power is 1.
+    unit = float(distance.max()) or 1.0
+    rows, columns = linear_sum_assignment((distance / unit).pow(p).numpy())
+    return _power_mean(distance[rows, columns], p)
+
+
+def _power_mean(values: Tensor, p: float) -> float:
+    unit = float(values.max()) or 1.0
+    return unit * float((values / unit).pow(p).mean()) ** (1 / p)

@@ -15,6 +15,7 @@ from torch.nn import functional
 
 from perturbkit.core import checks
 from perturbkit.core.random import Seed, as_generator, rademacher, randn, uniform
+from perturbkit.robust.measurements._jpeg import coded, tables
 
 __all__ = ["IMAGE_CORRUPTIONS", "TABLE_CORRUPTIONS", "corrupt"]
 
@@ -55,7 +56,7 @@ def corrupt(
     Images, by severity s = 1..5: Gaussian noise of deviation 0.04 s; Gaussian blur of 0.3 s % of the width, at least
     0.3 s pixels; contrast multiplied by 0.75, 0.6, 0.45, 0.3, 0.15; brightness raised by 0.08 s; resolution lowered to
     0.5, 0.4, 0.3, 0.25, 0.2; compression that quantises 8x8 cosine coefficients as JPEG does at quality 60, 40, 25, 15,
-    8. Tables: a share 0.05 s of the cells replaced by the column mean; noise of 0.1 s scales; values rounded to steps of
+    8 and rounds to 8 bits. Tables: a share 0.05 s of the cells replaced by the column mean; noise of 0.1 s scales; values rounded to steps of
     0.2 s scales; columns multiplied by 1 +- 0.05 s; columns shifted by +- 0.1 s scales.
 
     References
@@ -130,28 +131,10 @@ def _pixelate(x: Tensor, s: int, g: torch.Generator) -> Tensor:
 
 def _compression(x: Tensor, s: int, g: torch.Generator) -> Tensor:
     """Quantise the cosine coefficients of 8x8 blocks by the JPEG luminance table, every channel alike."""
-    quality = (60, 40, 25, 15, 8)[s - 1]
-    factor = 50 / quality if quality < 50 else 2 - quality / 50
-    table = (
-        (torch.tensor(_LUMINANCE, device=x.device, dtype=x.dtype) * factor).round().clamp_min(1).reshape(8, 8)
-    )
-    height, width = x.shape[-2:]
-    padded = functional.pad(x, (0, -width % 8, 0, -height % 8), mode="replicate") * 255 - 128
-    blocks = padded.unfold(2, 8, 8).unfold(3, 8, 8)
-    k = torch.arange(8, device=x.device, dtype=x.dtype)
-    cosine = torch.cos(math.pi * (2 * k + 1) * k[:, None] / 16) / 2
-    cosine[0] /= math.sqrt(2)
-    coefficients = cosine @ blocks @ cosine.T
-    restored = cosine.T @ ((coefficients / table).round() * table) @ cosine
-    rows = restored.permute(0, 1, 2, 4, 3, 5).reshape(padded.shape)
-    return (rows[..., :height, :width] + 128) / 255
+    light, _ = tables((60, 40, 25, 15, 8)[s - 1])
+    return coded(255 * x, x.new_tensor(light)) / 255
 
 
-_LUMINANCE = (
-    16, 11, 10, 16, 24, 40, 51, 61, 12, 12, 14, 19, 26, 58, 60, 55, 14, 13, 16, 24, 40, 57, 69, 56, 14, 17, 22, 29, 51,
-    87, 80, 62, 18, 22, 37, 56, 68, 109, 103, 77, 24, 35, 55, 64, 81, 104, 113, 92, 49, 64, 78, 87, 103, 121, 120, 101,
-    72, 92, 95, 98, 112, 100, 103, 99,
-)  # fmt: skip
 _IMAGE: dict[str, Callable[[Tensor, int, torch.Generator], Tensor]] = {
     "noise": _noise, "blur": _blur, "contrast": _contrast, "brightness": _brightness, "pixelate": _pixelate,
     "compression": _compression,

@@ -11,31 +11,27 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
-from typing import Protocol
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from perturbkit.core import BallInBox, Cost, Norm, Oracle, Result, around, checks, track
+from perturbkit.core import Cost, Oracle, Result, checks, track
 from perturbkit.core.progress import ProgressLike
+from perturbkit.robust.attacks._parts import column
+from perturbkit.robust.measurements._perturbers import (
+    LatentPerturber,
+    Perturber,
+    PixelPerturber,
+    StylePerturber,
+    check_render,
+)
 
 __all__ = [
     "FMRReport", "LatentPerturber", "PixelPerturber", "StylePerturber", "foundation_model_robustness", "oracle_vote",
 ]  # fmt: skip
 
 Model = Oracle | nn.Module | Callable[[Tensor], Tensor]
-
-
-class _Perturber(Protocol):
-    def start(self, x: Tensor) -> Tensor:
-        """Return the codes of images, one a row."""
-
-    def render(self, x: Tensor, code: Tensor) -> Tensor:
-        """Return the images that codes stand for, with a graph; ``x`` is where they came from."""
-
-    def project(self, x: Tensor, code: Tensor) -> Tensor:
-        """Return the nearest codes that are allowed."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -77,144 +73,8 @@ class FMRReport(Result):
     oracle_cost: Cost = field(default_factory=Cost)
 
 
-class LatentPerturber:
-    """Move images in the code of an autoencoder.
-
-    Parameters
-    ----------
-    encoder, decoder : nn.Module or callable
-        Images (n, ...) to codes (n, ...) and back; the decoder is differentiated.
-
-    Raises
-    ------
-    ArgumentTypeError
-        If one cannot be called.
-
-    Notes
-    -----
-    ``x' = decoder(encoder(x) + d)``: the images differ from x by what the autoencoder loses as well.
-
-    References
-    ----------
-    Zhang et al. (2024), arXiv:2308.10632, with VQGAN.
-
-    Examples
-    --------
-    >>> half = LatentPerturber(lambda x: 2 * x, lambda code: code / 2)
-    >>> half.render(torch.ones(1, 2), half.start(torch.ones(1, 2)) + 1)
-    tensor([[1.5000, 1.5000]])
-    """
-
-    def __init__(self, encoder: Callable[[Tensor], Tensor], decoder: Callable[[Tensor], Tensor]) -> None:
-        # The doors of Oracle: what can be called, and modules as they were afterwards.
-        self.encoder, self.decoder = Oracle(encoder), Oracle(decoder)
-
-    def start(self, x: Tensor) -> Tensor:
-        return self.encoder(x)
-
-    def render(self, x: Tensor, code: Tensor) -> Tensor:
-        return self.decoder.fun(code)
-
-    def project(self, x: Tensor, code: Tensor) -> Tensor:
-        return code
-
-
-class PixelPerturber:
-    """Move the values of images, in a ball.
-
-    Parameters
-    ----------
-    norm : {"l1", "l2", "linf"}
-        Norm of the change.
-    epsilon : float
-        Its largest size, zero or above.
-    bounds : (float, float) or None
-        Range of valid images.
-
-    Raises
-    ------
-    ArgumentError
-        If an option is not allowed.
-
-    Notes
-    -----
-    ``x' = x + d`` with d in the ball and x' within the bounds.
-
-    References
-    ----------
-    Zhang et al. (2024), arXiv:2308.10632.
-
-    Examples
-    --------
-    >>> PixelPerturber("linf", 0.1).project(torch.tensor([[0.5, 1.0]]), torch.tensor([[0.8, 1.2]]))
-    tensor([[0.6000, 1.0000]])
-    """
-
-    def __init__(
-        self, norm: Norm = "l2", epsilon: float = 1.0, *, bounds: tuple[float, float] | None = (0.0, 1.0)
-    ) -> None:
-        self.norm: Norm = checks.one_of("norm", norm, ("l1", "l2", "linf"))
-        self.epsilon, self.bounds = checks.nonnegative("epsilon", epsilon), bounds
-
-    def start(self, x: Tensor) -> Tensor:
-        return x
-
-    def render(self, x: Tensor, code: Tensor) -> Tensor:
-        return code
-
-    def project(self, x: Tensor, code: Tensor) -> Tensor:
-        allowed: BallInBox = around(x, self.norm, self.epsilon, self.bounds)
-        return x + allowed.project(code - x)
-
-
-class StylePerturber:
-    """Move the mean and the contrast of each channel, what is shown left alone.
-
-    Parameters
-    ----------
-    bounds : (float, float) or None
-        Range of valid images, to which they are clipped.
-
-    Raises
-    ------
-    ArgumentError
-        If the bounds are not in order.
-
-    Notes
-    -----
-    ``x' = m + e^a (x - m) + b`` with the mean m of each channel of each image and the code (a, b), from zero.
-
-    References
-    ----------
-    Zhang et al. (2024), arXiv:2308.10632; Huang and Belongie (2017), arXiv:1703.06868.
-
-    Examples
-    --------
-    >>> style = StylePerturber(bounds=None)
-    >>> style.render(torch.tensor([[[[0.0, 1.0]]]]), torch.tensor([[[0.0], [0.25]]]))
-    tensor([[[[0.2500, 1.2500]]]])
-    """
-
-    def __init__(self, *, bounds: tuple[float, float] | None = (0.0, 1.0)) -> None:
-        if bounds is not None:
-            checks.between("bounds[0]", bounds[0], -math.inf, bounds[1], inclusive="neither")
-        self.bounds = bounds
-
-    def start(self, x: Tensor) -> Tensor:
-        return torch.zeros((len(x), 2, checks.image_batch("x", x).shape[1]), dtype=x.dtype, device=x.device)
-
-    def render(self, x: Tensor, code: Tensor) -> Tensor:
-        mean = x.mean((2, 3), keepdim=True)
-        stretch, shift = (part[:, :, None, None] for part in code.unbind(1))
-        moved = mean + stretch.exp() * (x - mean) + shift
-        return moved if self.bounds is None else moved.clamp(*self.bounds)
-
-    def project(self, x: Tensor, code: Tensor) -> Tensor:
-        return code
-
-
 def foundation_model_robustness(
-    model: Model, oracles: Sequence[Model], x: Tensor, y: Tensor, *, perturber: _Perturber, judges: Sequence[Model] = (),
+    model: Model, oracles: Sequence[Model], x: Tensor, y: Tensor, *, perturber: Perturber, judges: Sequence[Model] = (),
     max_iter: int = 50, step: float = 0.1, max_rejections: int = 5, sparsity: float | None = None,
     progress: ProgressLike = False,
 ) -> FMRReport:  # fmt: skip
@@ -264,7 +124,8 @@ def foundation_model_robustness(
 
     The oracles' own errors are the floor: what they let through is the label only as far as they know.
 
-    Cost: a gradient of the model, one of the decoder, and an evaluation of every oracle, a step and row that still moves.
+    Cost: a gradient of the model, a gradient and an evaluation of ``render``, and an evaluation of every oracle, a step and row
+    that still moves.
 
     References
     ----------
@@ -281,7 +142,7 @@ def foundation_model_robustness(
     >>> report.standard_accuracy, report.perturbed_accuracy, report.oracle_accuracy
     (1.0, 0.0, 1.0)
     """
-    checks.tensor("x", x)
+    x = checks.tensor("x", x).detach()
     if not all(callable(getattr(perturber, name, None)) for name in ("start", "render", "project")):
         raise checks.ArgumentTypeError(
             f"perturber is a {type(perturber).__name__}; allowed: something with start, render and project. Pass for instance "
@@ -304,6 +165,7 @@ def foundation_model_robustness(
                 "torch.stack([0 * z, z], 1)."
             )
         labels = checks.labels("y", y, n=len(x), n_classes=scores.shape[1]).to(x.device)
+        check_render(perturber, x[:1])
         images, steps = _climbed(
             studied, zoo, x, labels, perturber, max_iter, step, max_rejections, sparsity, progress
         )
@@ -355,11 +217,13 @@ def oracle_vote(oracles: Sequence[Model], x: Tensor) -> Tensor:
     >>> oracle_vote([one, one, other], z), oracle_vote([one, other], z)
     (tensor([1]), tensor([-1]))
     """
-    if len(oracles) == 0:
+    zoo = _wrapped(oracles)
+    checks.tensor("x", x)
+    if not zoo:
         raise checks.ArgumentError("there are no oracles; allowed: at least one. Pass a list of classifiers.")
     votes = []
-    for oracle in oracles:
-        scores = Oracle.wrap(oracle)(x)
+    for oracle in zoo:
+        scores = oracle(x)
         if scores.ndim != 2:
             raise checks.ModelError(
                 f"an oracle answered shape {tuple(scores.shape)}; allowed: scores (n, classes). Return one_hot of its labels."
@@ -374,6 +238,10 @@ def oracle_vote(oracles: Sequence[Model], x: Tensor) -> Tensor:
 
 
 def _wrapped(models: Sequence[Model]) -> list[Oracle]:
+    if not isinstance(models, Sequence):
+        raise checks.ArgumentTypeError(
+            f"oracles or judges are a {type(models).__name__}; allowed: a list of classifiers. Pass [classifier]."
+        )
     return [Oracle.wrap(model) for model in models]
 
 
@@ -391,11 +259,16 @@ def _frozen(*oracles: object) -> Iterator[None]:
 
 
 def _climbed(
-    studied: Oracle, zoo: list[Oracle], x: Tensor, y: Tensor, perturber: _Perturber, max_iter: int, step: float,
+    studied: Oracle, zoo: list[Oracle], x: Tensor, y: Tensor, perturber: Perturber, max_iter: int, step: float,
     max_rejections: int, sparsity: float | None, progress: ProgressLike,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """Return the last image of each row that was accepted, and how many were."""
+    # Oracles, so that images are made and differentiated in chunks.
+    render = Oracle(lambda code, start: perturber.render(start, code))
+    pull = Oracle(lambda code, start, uphill: (perturber.render(start, code) * uphill).flatten(1).sum(1))
     code, images = perturber.start(x), x.clone()
+    # What the codes stand for, which an image that has not moved need not be.
+    pictures = render(code, x) if max_iter > 0 else images
     free = torch.ones_like(code, dtype=torch.bool)
     stride, refused = x.new_full((len(x),), step), torch.zeros_like(y)
     steps = torch.zeros_like(y)
@@ -405,23 +278,23 @@ def _climbed(
         if len(rows) == 0:
             break
         here, start = code[rows], x[rows]
-        with torch.enable_grad():
-            leaf = here.detach().requires_grad_(True)
-            picture = perturber.render(start, leaf)
-            uphill = studied.value_and_gradient(picture.detach(), y[rows], objective=_row_loss)[1]
-            (gradient,) = torch.autograd.grad(picture, leaf, uphill)
+        uphill = studied.value_and_gradient(pictures[rows], y[rows], objective=_row_loss)[1]
+        gradient = pull.gradient(here, None, start, uphill)
         if i == 0 and sparsity is not None:
             free[rows] = _largest(gradient, sparsity)
         gradient = (gradient * free[rows]).flatten(1)
         length = stride[rows, None] * functional.normalize(gradient, dim=1)
         with torch.no_grad():
             trial = perturber.project(start, here + length.reshape(here.shape))
-            shown = perturber.render(start, trial)
-        accepted = (oracle_vote(zoo, shown) == y[rows] if zoo else torch.ones_like(rows) > 0) & (
-            gradient != 0
-        ).any(1)
+        shown = render(trial, start)
+        sound = (gradient != 0).any(1) & shown.flatten(1).isfinite().all(1)
+        # What is not finite is not shown to the oracles.
+        safe = torch.where(column(sound, shown), shown, start)
+        accepted = sound & (oracle_vote(zoo, safe) == y[rows]) if zoo else sound
         good, bad = rows[accepted], rows[~accepted]
-        code, images = code.index_copy(0, good, trial[accepted]), images.index_copy(0, good, shown[accepted])
+        code = code.index_copy(0, good, trial[accepted])
+        images = images.index_copy(0, good, shown[accepted])
+        pictures = pictures.index_copy(0, good, shown[accepted])
         steps[good] += 1
         refused[bad] += 1
         stride[bad] /= 2

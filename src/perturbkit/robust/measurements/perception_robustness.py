@@ -84,10 +84,11 @@ class PosteriorExploration(Result):
     def diversity(self) -> Tensor:
         """Root mean square standard deviation of a row's consistent answers, shape (n,); zero below two of them."""
         rows = self.samples.flatten(2)
-        kept = self.consistent.to(rows.dtype)[..., None]
+        kept = self.consistent[..., None]
         count = kept.sum(1)
-        mean = (kept * rows).sum(1) / count.clamp_min(1)
-        variance = (kept * (rows - mean[:, None]).square()).sum(1) / (count - 1).clamp_min(1)
+        mean = torch.where(kept, rows, 0.0).sum(1) / count.clamp_min(1)
+        gap = torch.where(kept, rows - mean[:, None], 0.0)
+        variance = gap.square().sum(1) / (count - 1).clamp_min(1)
         return torch.where(count[:, 0] > 1, variance.mean(1).sqrt(), 0.0)
 
 
@@ -157,12 +158,12 @@ def fit_lipschitz_bound(index: Tensor, lipschitz: Tensor) -> tuple[float, float]
     Parameters
     ----------
     index, lipschitz : Tensor, shape (m,)
-        Joint perceptual index, above zero, and Lipschitz constant of at least two restorers.
+        Joint perceptual index and Lipschitz constant of at least two restorers, zero or above.
 
     Returns
     -------
     (float, float)
-        m1 and m2, zero or above.
+        m1 and m2, zero or above; both zero where an index is, since no other line is below a finite constant there.
 
     Raises
     ------
@@ -188,9 +189,11 @@ def fit_lipschitz_bound(index: Tensor, lipschitz: Tensor) -> tuple[float, float]
     checks.tensor("index", index, ndim=1)
     checks.same_shape("lipschitz", checks.tensor("lipschitz", lipschitz), "index", index)
     checks.integer("the number of restorers", len(index), low=2)
-    checks.positive("the least index", float(index.min()))
+    checks.nonnegative("the least index", float(index.min()))
     checks.nonnegative("the least Lipschitz constant", float(lipschitz.min()))
-    t, steep = index.double().rsqrt().cpu().numpy(), lipschitz.double().cpu().numpy()
+    if bool((index == 0).any()):
+        return 0.0, 0.0
+    t, steep = index.detach().double().rsqrt().cpu().numpy(), lipschitz.detach().double().cpu().numpy()
     rows = np.stack([t, -np.ones_like(t)], 1)
     solved = linprog(-rows.sum(0), A_ub=rows, b_ub=steep, bounds=[(0, None), (0, None)])
     return float(solved.x[0]), float(solved.x[1])
@@ -231,6 +234,8 @@ def estimate_lipschitz(
     ------
     ArgumentError, ArgumentTypeError
         If an argument is not allowed.
+    ModelError
+        If an answer to an input itself is not finite.
 
     Notes
     -----
@@ -250,11 +255,7 @@ def estimate_lipschitz(
     3.0
     """
     checks.tensor("y", y)
-    radii = [
-        checks.positive("radius", r) for r in ([radius] if isinstance(radius, int | float) else list(radius))
-    ]
-    if not radii:
-        raise checks.ArgumentError("radius is empty; allowed: at least one length. Pass one.")
+    radii = [checks.positive("radius", float(r)) for r in checks.array("radius", radius, ndim=(0, 1)).ravel()]
     checks.integer("n_steps", n_steps, low=1)
     checks.integer("n_restarts", n_restarts, low=1)
     g = as_generator(generator)
@@ -263,6 +264,11 @@ def estimate_lipschitz(
     best, at = torch.zeros(len(y), dtype=y.dtype, device=y.device), torch.zeros_like(y)
     with oracle.frozen():
         clean = oracle(y)
+        if not bool(clean.isfinite().all()):
+            raise checks.ModelError(
+                f"the restorer answered {int((~clean.isfinite()).sum())} NaN or infinite values; allowed: finite numbers. "
+                "Leave out the inputs that it cannot restore."
+            )
         for r in (r for r in radii for _ in range(n_restarts)):
             sphere = Sphere(r)
             delta = sphere.sample(y, generator=g)
@@ -341,9 +347,17 @@ def tradeoff_curve(
     """
     checks.tensor("x", x)
     checks.integer("n_probed", n_probed, low=1)
+    if not isinstance(restorers, Mapping):
+        raise checks.ArgumentTypeError(
+            f"restorers is a {type(restorers).__name__}; allowed: a mapping of names to restorers. Pass a dict."
+        )
+    if not callable(degradation):
+        raise checks.ArgumentTypeError(
+            f"degradation is a {type(degradation).__name__}; allowed: a callable (x, generator). Pass a function."
+        )
     checks.integer("the number of restorers", len(restorers), low=2)
     g = as_generator(generator)
-    y = degradation(x, g)
+    y = checks.tensor("the degradation's answer", degradation(x, g))
     indices, steepness, errors = [], [], []
     for restorer in restorers.values():
         x_hat = Oracle.wrap(restorer)(y)
@@ -423,6 +437,13 @@ def explore_posterior(
     answers = Oracle.wrap(restorer)((y[:, None] + scale * noise).flatten(0, 1))
     error = torch.zeros(len(y), n_samples, dtype=answers.dtype, device=answers.device)
     if degradation is not None:
-        again = Oracle.wrap(degradation)(answers).reshape(len(y), n_samples, *y.shape[1:])
-        error = (again - y[:, None]).flatten(2).square().mean(2).sqrt()
+        again = Oracle.wrap(degradation)(answers)
+        if again.shape[1:] != y.shape[1:]:
+            raise checks.ArgumentError(
+                f"degradation answered shape {tuple(again.shape)}; allowed: (n, ...) as y has, {('n', *y.shape[1:])}. "
+                "Pass the degradation that y comes from."
+            )
+        error = (
+            (again.reshape(len(y), n_samples, *y.shape[1:]) - y[:, None]).flatten(2).square().mean(2).sqrt()
+        )
     return PosteriorExploration(answers.reshape(len(y), n_samples, *answers.shape[1:]), error <= limit, error)

@@ -7,9 +7,19 @@ import math
 import torch
 from torch import Tensor, nn
 
+from perturbkit.core import checks
 from perturbkit.core.random import randn, uniform
 
-__all__ = ["FlowDensity", "GaussianDensity", "MixtureDensity", "normal_log_prob"]
+__all__ = [
+    "DENSITIES",
+    "FlowDensity",
+    "GaussianDensity",
+    "MixtureDensity",
+    "check_density",
+    "check_dtype",
+    "normal_log_prob",
+    "scaling",
+]
 
 _LOG_2PI = math.log(2 * math.pi)
 
@@ -94,6 +104,35 @@ class FlowDensity(nn.Module):
                 column = wanted[:, i] * log_scale[:, i].exp() + shift[:, i]
                 u = torch.cat([u[:, :i], column[:, None], u[:, i + 1 :]], 1)
         return u.reshape(len(x), n, self.d)
+
+
+DENSITIES = {"gaussian": GaussianDensity, "mdn": MixtureDensity, "maf": FlowDensity}
+
+
+def check_density(density: str | nn.Module) -> None:
+    """Accept the name of a density, or a module that can do what one does."""
+    if not isinstance(density, nn.Module):
+        checks.one_of("density", density, DENSITIES)
+    elif not all(callable(getattr(density, name, None)) for name in ("log_prob", "sample")):
+        raise checks.ArgumentTypeError(
+            f"density is a {type(density).__name__}; allowed: {', '.join(map(repr, DENSITIES))}, or a module with "
+            "log_prob(theta, x) and sample(x, n, generator). Give it both."
+        )
+
+
+def check_dtype(name: str, value: Tensor, trained: Tensor) -> None:
+    """Refuse what would be computed in a lower precision than it has."""
+    if torch.promote_types(value.dtype, trained.dtype) != trained.dtype:
+        raise checks.ArgumentTypeError(
+            f"{name} has dtype {value.dtype}; allowed: {trained.dtype}, in which the density was trained. Convert it, or fit "
+            f"to simulations in {value.dtype}."
+        )
+
+
+def scaling(values: Tensor) -> tuple[Tensor, Tensor]:
+    """Return means and standard deviations a column; one for a column that is constant, up to the mean's rounding."""
+    mean, std = values.mean(0), values.std(0)
+    return mean, torch.where(std > 4 * torch.finfo(std.dtype).eps * mean.abs(), std, torch.ones_like(std))
 
 
 class _AutoregressiveLayer(nn.Module):

@@ -8,13 +8,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from perturbkit.core import Oracle, keeping_modes, track
+from perturbkit.core import Ball, Oracle, keeping_modes, track
 from perturbkit.core.progress import ProgressLike
 from perturbkit.core.random import randperm
 from perturbkit.robust.attacks._parts import half_cosine
 from perturbkit.robust.training._loops import TrainingHistory
 
-__all__ = ["Divergence", "FisherPenalty", "exact_root", "fit_density", "sampled_root"]
+__all__ = ["Divergence", "FisherPenalty", "exact_root", "fit_density", "sampled_root", "steepest_change"]
 
 # A row whose sampled trace is more than this many medians of its batch is scaled down to it.
 _OUTLIER = 10.0
@@ -26,7 +26,7 @@ class FisherPenalty:
 
     def __init__(self, density: Any, weight: float, exact: bool, generator: torch.Generator) -> None:
         self.density, self.weight, self.exact, self.generator = density, weight, exact, generator
-        self.parameters = list(density.parameters())
+        self.parameters = [p for p in density.parameters() if p.requires_grad]
         self.average = [torch.zeros_like(p) for p in self.parameters]
         self.step = 0
 
@@ -35,8 +35,9 @@ class FisherPenalty:
         if self.exact:
             return exact_root(self.density, z, graph=True).square().sum((1, 2)).mean()
         trace = sampled_root(self.density, z, 1, self.generator, graph=True).square().sum((1, 2))
-        limit = _OUTLIER * trace.detach().median()
-        return (trace * (limit / trace.detach()).clamp_max(1)).mean()
+        size = trace.detach()
+        limit = _OUTLIER * size.median()
+        return (trace * torch.where(size > limit, limit / size, 1.0)).mean()
 
     def backward(self, loss: Tensor, trace: Tensor) -> None:
         """Put the gradient of the loss and the weighted trace into the parameters."""
@@ -77,11 +78,17 @@ def sampled_root(
 ) -> Tensor:
     """Return the scores of draws from the density itself over the root of their number, shape (n, n_samples, d_x)."""
     with torch.no_grad():
-        theta = density.sample(z, n_samples, generator)
-    with torch.enable_grad():
-        leaf = z.repeat_interleave(n_samples, 0).requires_grad_(True)
-        value = density.log_prob(theta.flatten(0, 1), leaf)
-        (score,) = torch.autograd.grad(value.sum(), leaf, create_graph=graph)
+        theta = density.sample(z, n_samples, generator).flatten(0, 1)
+    rows = z.repeat_interleave(n_samples, 0)
+    if graph:
+        with torch.enable_grad():
+            leaf = rows.requires_grad_(True)
+            value = density.log_prob(theta, leaf).sum()
+            (score,) = torch.autograd.grad(value, leaf, create_graph=True)
+    else:
+        # In chunks, as many as memory allows.
+        given = Oracle(_Rows(density, lambda x, draws: density.log_prob(draws, x)))
+        score = given.gradient(rows, None, theta)
     return score.reshape(len(z), n_samples, -1) / n_samples**0.5
 
 
@@ -126,25 +133,29 @@ def fit_density(
 class Divergence:
     """KL between the posteriors of z and z + delta, in closed form where the density has moments."""
 
-    def __init__(self, density: Any, reverse: bool, n_samples: int, generator: torch.Generator) -> None:
-        self.density, self.reverse, self.n, self.generator = density, reverse, n_samples, generator
+    def __init__(
+        self, density: Any, z: Tensor, reverse: bool, n_samples: int, generator: torch.Generator
+    ) -> None:
+        self.density, self.z, self.reverse, self.n, self.generator = density, z, reverse, n_samples, generator
         self.closed = hasattr(density, "moments")
         self.oracle = Oracle(_Rows(density, self._gaussian if self.closed else self._sampled))
+        if self.closed:
+            with self.oracle.frozen(), torch.no_grad():
+                self.clean: tuple[Tensor, Tensor] = density.moments(z)
 
-    def gradient(self, z: Tensor, delta: Tensor) -> Tensor:
-        return self.oracle.gradient(z + delta, None, *self._fixed(z, delta, self.n))
+    def gradient(self, delta: Tensor) -> Tensor:
+        return self.oracle.gradient(self.z + delta, None, *self._fixed(delta, self.n))
 
-    def value(self, z: Tensor, delta: Tensor) -> Tensor:
-        return self.oracle(z + delta, *self._fixed(z, delta, 10 * self.n))
+    def value(self, delta: Tensor) -> Tensor:
+        return self.oracle(self.z + delta, *self._fixed(delta, 10 * self.n))
 
-    def _fixed(self, z: Tensor, delta: Tensor, n: int) -> tuple[Tensor, Tensor]:
+    def _fixed(self, delta: Tensor, n: int) -> tuple[Tensor, Tensor]:
         """Return what does not move with the perturbed row: the clean moments, or draws and their clean log-densities."""
+        if self.closed:
+            return self.clean
         with torch.no_grad():
-            if self.closed:
-                mean, factor = self.density.moments(z)
-                return mean, factor
-            theta = self.density.sample(z + delta if self.reverse else z, n, self.generator)
-            return theta, _log_probs(self.density, theta, z)
+            theta = self.density.sample(self.z + delta if self.reverse else self.z, n, self.generator)
+            return theta, _log_probs(self.density, theta, self.z)
 
     def _gaussian(self, z: Tensor, mean: Tensor, factor: Tensor) -> Tensor:
         moved = self.density.moments(z)
@@ -157,6 +168,29 @@ class Divergence:
         ratio = (moved - clean).detach()
         climbed = ((ratio - ratio.mean(1, keepdim=True)) * moved).mean(1)
         return ratio.mean(1) + climbed - climbed.detach()
+
+
+def steepest_change(
+    divergence: Divergence, ball: Ball, leading: Tensor, n_steps: int, n_restarts: int,
+    generator: torch.Generator, progress: ProgressLike,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """Climb the divergence from both ways along the leading direction, then from random points; return the best and its size."""
+    z, radius = divergence.z, float(ball.radius)
+    best, best_kl = torch.zeros_like(z), torch.zeros_like(z[:, 0])
+    with divergence.oracle.frozen():
+        for start in range(n_restarts):
+            if start < 2:
+                delta = ball.project((1.0, -1.0)[start] * 0.5 * radius * leading)
+            else:
+                delta = ball.sample(z, generator=generator)
+            for step in track(range(n_steps), "posterior attack", progress=progress):
+                stride = Ball(ball.norm, 0.5 * radius * half_cosine(step, n_steps))
+                delta = ball.project(delta + stride.maximiser(divergence.gradient(delta)))
+            kl = divergence.value(delta)
+            better = kl > best_kl
+            best, best_kl = torch.where(better[:, None], delta, best), torch.where(better, kl, best_kl)
+        # The largest of several estimates is too large: the change chosen is estimated anew.
+        return best, best_kl if divergence.closed else divergence.value(best)
 
 
 class _Rows(nn.Module):

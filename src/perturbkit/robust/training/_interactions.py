@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any, Literal
 
@@ -11,7 +12,15 @@ from torch import Tensor, nn
 from perturbkit.core import checks
 from perturbkit.core.random import Seed, as_generator, randint, uniform
 
-__all__ = ["KINDS", "Kind", "checked_interactions", "padded", "perturb_interactions", "rank_biased_overlap"]
+__all__ = [
+    "KINDS",
+    "Kind",
+    "checked_interactions",
+    "checked_kinds",
+    "padded",
+    "perturb_interactions",
+    "rank_biased_overlap",
+]
 
 Kind = Literal["delete", "replace", "insert"]
 KINDS: tuple[Kind, ...] = ("delete", "replace", "insert")
@@ -41,7 +50,7 @@ def perturb_interactions(
     Returns
     -------
     list of Tensor
-        A user's last interaction is not deleted. Users without a change are the same.
+        Users without a change are the same; one whose every interaction would go keeps the first.
 
     Raises
     ------
@@ -67,21 +76,20 @@ def perturb_interactions(
     flat = torch.cat(data)
     top = int(flat.max()) + 1
     count = checks.integer("n_items", top if n_items is None else n_items, low=max(top, 2))
-    chosen_kinds = [KINDS.index(checks.one_of("kinds", kind, KINDS)) for kind in kinds]
-    if not chosen_kinds:
-        raise checks.ArgumentError("kinds is empty; allowed: 'delete', 'replace', 'insert'. Give one.")
+    chosen_kinds = [KINDS.index(kind) for kind in checked_kinds(kinds)]
     checks.one_of("which", which, ("random", "earliest", "popular"))
     g = as_generator(generator)
     n, lengths = len(flat), torch.tensor([len(u) for u in data])
     users = torch.arange(len(data)).repeat_interleave(lengths)
     place = torch.arange(n) - (lengths.cumsum(0) - lengths).repeat_interleave(lengths)
     first = {"random": torch.zeros(n), "earliest": place, "popular": -flat.bincount()[flat].cpu()}[which]
-    order = (first.double() + uniform((n,), generator=g, dtype=torch.float64)).argsort()
-    n_changed = min(n, int(-(-ratio * n // 1)))
+    order = (first.double() + uniform((n,), generator=g, dtype=torch.float64, device="cpu")).argsort()
+    # Less what the product is too large by: 0.07 of 100 are 7.
+    n_changed = min(n, math.ceil(ratio * n * (1 - 1e-12)))
     changed = torch.zeros(n, dtype=torch.bool).index_fill_(0, order[:n_changed], True)
-    kind = torch.tensor(chosen_kinds)[randint(0, len(chosen_kinds), (n,), generator=g)]
+    kind = torch.tensor(chosen_kinds)[randint(0, len(chosen_kinds), (n,), generator=g, device="cpu")]
     # Another item than the one that is there.
-    new = ((flat.cpu() + randint(1, count, (n,), generator=g)) % count).to(flat.device)
+    new = ((flat.cpu() + randint(1, count, (n,), generator=g, device="cpu")) % count).to(flat.device)
     deleted, replaced, followed = (changed & (kind == i) for i in range(3))
     stays = torch.zeros(len(data), dtype=torch.long).index_add_(0, users, (~deleted).long())
     deleted &= ~((stays[users] == 0) & (place == 0))
@@ -126,7 +134,10 @@ def rank_biased_overlap(a: Any, b: Any, *, p: float = 0.9) -> Tensor:
     >>> round(float(rank_biased_overlap([1, 2, 3], [1, 3, 2], p=0.5)), 3)
     0.875
     """
-    left, right = torch.as_tensor(a), torch.as_tensor(b)
+    left, right = (
+        v if isinstance(v, Tensor) else torch.as_tensor(checks.array(name, v, dtype=int))
+        for name, v in (("a", a), ("b", b))
+    )
     checks.tensor("a", left, ndim=(1, 2), floating=False)
     checks.same_shape("b", right, "a", left)
     checks.between("p", p, 0, 1, inclusive="neither")
@@ -147,8 +158,20 @@ def rank_biased_overlap(a: Any, b: Any, *, p: float = 0.9) -> Tensor:
     return (weights * agreement).sum(-1) + p**k * agreement[..., -1]
 
 
+def checked_kinds(kinds: Sequence[Kind]) -> tuple[Kind, ...]:
+    """Accept at least one kind of change."""
+    given = (kinds,) if isinstance(kinds, str) else tuple(kinds)
+    if not given:
+        raise checks.ArgumentError("kinds is empty; allowed: 'delete', 'replace', 'insert'. Give one.")
+    return tuple(checks.one_of("kinds", kind, KINDS) for kind in given)
+
+
 def checked_interactions(interactions: Sequence[Tensor], n_items: int | None = None) -> list[Tensor]:
     """Accept at least one user, each with at least one item."""
+    if not isinstance(interactions, Sequence | Tensor):
+        raise checks.ArgumentTypeError(
+            f"the interactions are a {type(interactions).__name__}; allowed: a sequence of tensors. Pass one a user."
+        )
     if len(interactions) == 0:
         raise checks.ArgumentError("the interactions are empty; allowed: at least one user. Pass data.")
     return [checks.labels("the items of a user", user, n_classes=n_items) for user in interactions]

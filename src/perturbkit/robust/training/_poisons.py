@@ -12,6 +12,7 @@ from torch.nn import functional
 from perturbkit.core import Ball, Oracle, around, checks, track
 from perturbkit.core.progress import ProgressLike
 from perturbkit.core.random import Seed, as_generator, rademacher, randperm
+from perturbkit.robust.attacks._parts import labels_for
 from perturbkit.robust.training._loops import checked_data, cross_entropy
 
 __all__ = ["error_maximising_poison", "error_minimising_poison", "patch_poison"]
@@ -117,6 +118,8 @@ def error_minimising_poison(
     ------
     ArgumentError, ArgumentTypeError
         If an argument is not allowed.
+    ModelError
+        If the model does not answer one score a class.
 
     Notes
     -----
@@ -135,8 +138,10 @@ def error_minimising_poison(
     >>> round(float((poisoned - x).abs().max()), 3)
     0.1
     """
-    labels = checked_data(model, x, y)
-    checks.positive("epsilon", epsilon)
+    checked_data(model, x, y)
+    _, labels = _labels(Oracle(model), x, y)
+    stride = _stride(epsilon, n_steps, step_size)
+    around(x, "linf", epsilon)
     for name, value in (("n_rounds", n_rounds), ("weight_steps", weight_steps), ("batch_size", batch_size)):
         checks.integer(name, value, low=1)
     checks.positive("lr", lr)
@@ -152,7 +157,7 @@ def error_minimising_poison(
             optimizer.zero_grad(set_to_none=True)
             cross_entropy(learner, x[rows] + delta[rows], labels[rows]).backward()
             optimizer.step()
-        delta = _towards(oracle, x, labels, delta, epsilon, n_steps, step_size)
+        delta = _towards(oracle, x, labels, delta, epsilon, n_steps, stride)
     return x + delta
 
 
@@ -192,6 +197,8 @@ def error_maximising_poison(
     ------
     ArgumentError, ArgumentTypeError
         If an argument is not allowed.
+    ModelError
+        If the model does not answer one score a class.
 
     Notes
     -----
@@ -210,23 +217,32 @@ def error_maximising_poison(
     tensor([[0.4000, 0.6000]])
     """
     checks.tensor("x", x)
-    checks.positive("epsilon", epsilon)
     oracle = Oracle.wrap(model)
-    classes = oracle(x[:1]).shape[-1]
-    labels = checks.labels("y", y, n=len(x), n_classes=classes).to(x.device)
+    classes, labels = _labels(oracle, x, y)
     checks.integer("shift", shift, low=1, high=classes - 1)
-    return x + _towards(
-        oracle, x, (labels + shift) % classes, torch.zeros_like(x), epsilon, n_steps, step_size
-    )
+    stride = _stride(epsilon, n_steps, step_size)
+    return x + _towards(oracle, x, (labels + shift) % classes, torch.zeros_like(x), epsilon, n_steps, stride)
+
+
+def _labels(oracle: Oracle, x: Tensor, y: Tensor) -> tuple[int, Tensor]:
+    """Return how many classes a model answers, asked about one row, and the labels, checked against them."""
+    checks.labels("y", y, n=len(x))
+    clean, _ = labels_for(oracle, x[:1], torch.zeros(1, dtype=torch.long))
+    return clean.shape[1], checks.labels("y", y, n=len(x), n_classes=clean.shape[1]).to(x.device)
+
+
+def _stride(epsilon: float, n_steps: int, step_size: float | None) -> Ball:
+    """Check how far and how often perturbations go, and return a step's set."""
+    checks.positive("epsilon", epsilon)
+    checks.integer("n_steps", n_steps, low=1)
+    return Ball("linf", epsilon / 10 if step_size is None else checks.positive("step_size", step_size))
 
 
 def _towards(
-    oracle: Oracle, x: Tensor, target: Tensor, delta: Tensor, epsilon: float, n_steps: int, step_size: float | None
-) -> Tensor:  # fmt: skip
+    oracle: Oracle, x: Tensor, target: Tensor, delta: Tensor, epsilon: float, n_steps: int, stride: Ball
+) -> Tensor:
     """Descend the cross-entropy of the target by projected gradient from where the perturbations are."""
-    checks.integer("n_steps", n_steps, low=1)
     room = around(x, "linf", epsilon)
-    stride = Ball("linf", epsilon / 10 if step_size is None else checks.positive("step_size", step_size))
     with oracle.frozen():
         for _ in range(n_steps):
             _, gradient = oracle.value_and_gradient(x + delta, target, objective=_row_loss)

@@ -13,20 +13,28 @@ from typing import Self
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional
 
 from perturbkit.core import Oracle, Result, checks, track
 from perturbkit.core.progress import ProgressLike
-from perturbkit.core.random import Seed, as_generator, randint, randperm, seeded_init, seeds
+from perturbkit.core.random import Seed, as_generator, randint, randperm
 from perturbkit.robust.training._interactions import (
     KINDS,
     Kind,
     checked_interactions,
+    checked_kinds,
     padded,
     perturb_interactions,
     rank_biased_overlap,
 )
 from perturbkit.robust.training._loops import TrainingHistory
+from perturbkit.robust.training._recommenders import (
+    NextItemModel,
+    best_items,
+    device_of,
+    items_of,
+    next_item_loss,
+    two_margins,
+)
 
 __all__ = [
     "FINEST",
@@ -69,51 +77,6 @@ class RankStability(Result):
 
     rbo: Tensor
     jaccard: Tensor
-
-
-class NextItemModel(nn.Module):
-    """A small recurrent recommender: what comes next after each interaction.
-
-    Parameters
-    ----------
-    n_items, dim : int
-        Number of items, at least 2, and width of embeddings and state.
-    generator : torch.Generator, int or None
-        Source of the first weights.
-
-    Raises
-    ------
-    ArgumentError
-        If a size is not allowed.
-
-    Notes
-    -----
-    A gated recurrent unit over item embeddings; ``scores = h_t E^T + b`` with the same embeddings E.
-
-    References
-    ----------
-    Hidasi et al. (2016), Session-based recommendations with recurrent neural networks, arXiv:1511.06939.
-
-    Examples
-    --------
-    >>> NextItemModel(10, 4, generator=0)(torch.tensor([[3, 1, -1]])).shape
-    torch.Size([1, 3, 10])
-    """
-
-    def __init__(self, n_items: int, dim: int = 32, *, generator: Seed = None) -> None:
-        super().__init__()
-        self.n_items = checks.integer("n_items", n_items, low=2)
-        checks.integer("dim", dim, low=1)
-        with seeded_init(seeds(as_generator(generator), 1)[0]):
-            self.embedding = nn.Embedding(n_items, dim)
-            self.recurrent = nn.GRU(dim, dim, batch_first=True)
-        self.embedding.weight.data /= dim**0.5
-        self.bias = nn.Parameter(torch.zeros(n_items))
-
-    def forward(self, items: Tensor) -> Tensor:
-        """Return scores (n, T, n_items) for items (n, T), -1 after the last of a row."""
-        state, _ = self.recurrent(self.embedding(items.clamp_min(0)))
-        return state @ self.embedding.weight.T + self.bias
 
 
 class FINEST:
@@ -190,9 +153,9 @@ class FINEST:
         self.k = checks.integer("k", k, low=2)
         self.n_negatives = checks.integer("n_negatives", n_negatives, low=1)
         self.weight = checks.nonnegative("weight", weight)
-        self.margins = (checks.nonnegative("margins", margins[0]), checks.nonnegative("margins", margins[1]))
+        self.margins = two_margins(margins)
         self.perturb_ratio = checks.between("perturb_ratio", perturb_ratio, 0, 1)
-        self.kinds = tuple(checks.one_of("kinds", kind, KINDS) for kind in kinds)
+        self.kinds = checked_kinds(kinds)
         self.epochs, self.batch_size = (
             checks.integer("epochs", epochs, low=1),
             checks.integer("batch_size", batch_size, low=1),
@@ -215,20 +178,26 @@ class FINEST:
         interactions : sequence of Tensor of int64
             The items of each user, in order; two for one of them at least.
         reference : ReferenceLists, optional
-            Lists to keep, such as those of a model in service; by default those of ``model`` on these interactions.
+            Lists to keep, of any length, such as those of a model in service; by default the ``k`` best of ``model`` on these
+            interactions.
         evaluate : callable, optional
             Called with the model after each epoch.
         progress : Progress, bool or None
             Reports epochs.
         """
-        n_items = _n_items(self.model)
+        n_items = items_of(self.model)
         data = checked_interactions(interactions, n_items)
         if max(map(len, data)) < 2:
             raise checks.ArgumentError(
                 "no user has two interactions; allowed: two of one user at least. Pass longer histories."
             )
+        _check_reference(reference, n_items)
         model = copy.deepcopy(self.model)
-        device = next(model.parameters()).device
+        if not any(p.requires_grad for p in model.parameters()):
+            raise checks.ArgumentError(
+                "model has no parameter to train; allowed: at least one that requires a gradient. Unfreeze some."
+            )
+        device = device_of(model)
         kept = reference_lists(model, data, self.k) if reference is None and self.weight > 0 else reference
         optimizer = torch.optim.Adam(model.parameters(), lr=self.lr)
         losses, ranks, scores = [], [], []
@@ -243,7 +212,7 @@ class FINEST:
             loss_sum = rank_sum = 0.0
             for rows in randperm(len(data), generator=self.generator).split(self.batch_size):
                 optimizer.zero_grad(set_to_none=True)
-                loss = _next_item_loss(model, items[rows.to(device)])
+                loss = next_item_loss(model, items[rows.to(device)])
                 if kept is not None and self.weight > 0:
                     others = len(kept.items)
                     # A reference may be of other users: then some of them are drawn.
@@ -269,7 +238,9 @@ class FINEST:
         return self
 
     def _rank_loss(self, model: nn.Module, kept: ReferenceLists, rows: Tensor) -> Tensor:
-        items, lists = kept.items[rows], kept.lists[rows]
+        # Where the lists lie, and then where the model does.
+        chosen, device = rows.to(kept.items.device), device_of(model)
+        items, lists = kept.items[chosen].to(device), kept.lists[chosen].to(device)
         known = items >= 0
         scores = model(items)[known]
         drawn = randint(0, scores.shape[1], (len(scores), self.n_negatives), generator=self.generator)
@@ -299,7 +270,7 @@ def rank_preserving_loss(
     Raises
     ------
     ArgumentError, ArgumentTypeError
-        If a shape is not allowed.
+        If a shape, an item or a margin is not allowed.
 
     Notes
     -----
@@ -318,8 +289,11 @@ def rank_preserving_loss(
     (0.0, True)
     """
     checks.tensor("scores", scores, ndim=2)
-    checks.tensor("reference", reference, shape=(len(scores), None), floating=False)
-    checks.tensor("negatives", negatives, shape=(len(scores), None), floating=False)
+    for name, items in (("reference", reference), ("negatives", negatives)):
+        checks.tensor(name, items, shape=(len(scores), None), floating=False)
+        checks.labels(f"{name}.flatten()", items.flatten(), n_classes=scores.shape[1])
+    two_margins(margins)
+    reference, negatives = reference.long(), negatives.long()
     listed = scores.gather(1, reference)
     inside = (listed[:, 1:] - listed[:, :-1] + margins[0]).clamp_min(0).sum(1)
     outside = (negatives[:, :, None] != reference[:, None]).all(2)
@@ -347,6 +321,8 @@ def reference_lists(model: nn.Module, interactions: Sequence[Tensor], k: int = 2
     ------
     ArgumentError, ArgumentTypeError
         If the data are not allowed or there are too few items.
+    ModelError
+        If a score is not a number.
 
     Notes
     -----
@@ -362,12 +338,13 @@ def reference_lists(model: nn.Module, interactions: Sequence[Tensor], k: int = 2
     >>> found.lists.shape, found.items.tolist()
     (torch.Size([2, 2, 3]), [[0, 1], [2, -1]])
     """
-    n_items = _n_items(model)
+    n_items = items_of(model)
     checks.integer("k", k, low=1, high=n_items - 1)
-    items = padded(checked_interactions(interactions, n_items), next(model.parameters()).device)
-    with torch.no_grad():
-        scores = Oracle(model)(items)
-    return ReferenceLists(items, scores.topk(k, dim=2).indices)
+    items = padded(checked_interactions(interactions, n_items), device_of(model))
+    oracle = Oracle(model)
+    # Chunk by chunk, since the scores of all items are far more than the lists.
+    sizes = list(oracle.chunks(len(items), items))
+    return ReferenceLists(items, torch.cat([best_items(oracle(part), k) for part in items.split(sizes)]))
 
 
 def rank_stability(
@@ -424,6 +401,10 @@ def rank_stability(
         raise checks.ArgumentError(
             "perturbations is empty; allowed: at least one data set. Give changed data."
         )
+    if not callable(train):
+        raise checks.ArgumentTypeError(
+            f"train is a {type(train).__name__}; allowed: a callable. Pass the function that trains a recommender."
+        )
     checks.between("p", p, 0, 1, inclusive="neither")
     asked = checked_interactions(contexts)
     last = torch.tensor([len(c) - 1 for c in asked])
@@ -441,16 +422,15 @@ def rank_stability(
     return RankStability(torch.stack(overlaps), torch.stack(jaccards))
 
 
-def _n_items(model: nn.Module) -> int:
-    """Return for how many items a recommender has scores."""
-    one = torch.zeros(1, 1, dtype=torch.long, device=next(model.parameters()).device)
-    return checks.tensor("the model's answer", Oracle(model)(one), shape=(1, 1, None), finite=False).shape[2]
-
-
-def _next_item_loss(model: nn.Module, items: Tensor) -> Tensor:
-    """Return the mean cross-entropy of each item after those before it; zero where there is none."""
-    scores, following = model(items[:, :-1]), items[:, 1:]
-    total = functional.cross_entropy(
-        scores.flatten(0, 1), following.flatten(), ignore_index=-1, reduction="sum"
-    )
-    return total / (following >= 0).sum().clamp_min(1)
+def _check_reference(reference: ReferenceLists | None, n_items: int) -> None:
+    if reference is None:
+        return
+    if not isinstance(reference, ReferenceLists):
+        raise checks.ArgumentTypeError(
+            f"reference is a {type(reference).__name__}; allowed: ReferenceLists. Make them with reference_lists."
+        )
+    top = max(int(reference.items.max()), int(reference.lists.max()))
+    if top >= n_items:
+        raise checks.ArgumentError(
+            f"reference names item {top}; allowed: 0..{n_items - 1}, the items of the model. Take lists of the same items."
+        )

@@ -7,21 +7,17 @@ Availability Poisons with Compression, arXiv:2301.13838.
 
 from __future__ import annotations
 
-import io
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from functools import cache
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
-import numpy as np
 import torch
-from PIL import Image
-from scipy.fft import dct
 from torch import Tensor
-from torch.nn import functional
 
 from perturbkit.core import Oracle, Result, checks, track
 from perturbkit.core.progress import ProgressLike
+from perturbkit.robust.attacks._parts import labels_for
+from perturbkit.robust.measurements._jpeg import LARGEST_SIDE, LUMA, Subsampling, by_codec, in_torch, through
 from perturbkit.robust.training._poisons import (
     error_maximising_poison,
     error_minimising_poison,
@@ -42,10 +38,6 @@ __all__ = [
     "patch_poison",
     "reduce_bits",
 ]
-
-Subsampling = Literal["4:2:0", "4:4:4"]
-_LUMA = (0.299, 0.587, 0.114)
-_LARGEST_SIDE = 65_500  # of a JPEG file, in pixels
 
 
 @dataclass(frozen=True, eq=False)
@@ -150,7 +142,7 @@ class ImageShortcutSqueezing:
             out = reduce_bits(out, self.bits, differentiable=self.differentiable)
         if self.jpeg_quality is not None:
             out = jpeg(out, self.jpeg_quality, differentiable=self.differentiable)
-        return out.expand(images.shape)
+        return out.expand(images.shape).contiguous()
 
 
 def grayscale(images: Tensor) -> Tensor:
@@ -180,7 +172,7 @@ def grayscale(images: Tensor) -> Tensor:
     >>> grayscale(torch.tensor([1.0, 0.0, 0.0]).reshape(1, 3, 1, 1)).flatten().tolist()
     [0.29899999499320984, 0.29899999499320984, 0.29899999499320984]
     """
-    return _luminance(_images(images)).expand(images.shape)
+    return _luminance(_images(images)).expand(images.shape).contiguous()
 
 
 def reduce_bits(images: Tensor, bits: int = 2, *, differentiable: bool = False) -> Tensor:
@@ -215,7 +207,7 @@ def reduce_bits(images: Tensor, bits: int = 2, *, differentiable: bool = False) 
     """
     top = 2 ** _bits(bits) - 1
     x = _images(images)
-    return (_through(top * x) if differentiable else (top * x.detach()).round()) / top
+    return (through(top * x) if differentiable else (top * x.detach()).round()) / top
 
 
 def jpeg(
@@ -230,7 +222,7 @@ def jpeg(
     Parameters
     ----------
     images : Tensor, shape (n, 1 or 3, height, width), in [0, 1]
-        Images, floating point; read in 8 bits.
+        Images, floating point; read in 8 bits. Sides are of at most 65,496 pixels.
     quality : int
         1 to 100, as libjpeg counts it.
     subsampling : {"4:2:0", "4:4:4"}
@@ -257,7 +249,7 @@ def jpeg(
     ``3 (c / q - round(c / q))^2`` of Shin and Song: near zero where a coefficient is small beside its step. Without that the
     whole would have the derivative of the identity.
 
-    Cost: about 0.1 ms an image of 32x32 in colour; grey or 4:4:4 images share calls of the codec and take a tenth.
+    Cost: about 0.2 ms an image of 32x32 in colour; those at 4:4:4 share calls of the codec and take a third, grey ones a tenth.
 
     References
     ----------
@@ -273,10 +265,9 @@ def jpeg(
     x = _images(images)
     _quality(quality)
     checks.one_of("subsampling", subsampling, ("4:2:0", "4:4:4"))
-    if differentiable:
-        return _in_torch(x, quality, subsampling)
-    pixels = (255 * x.detach()).round().to("cpu", torch.uint8).permute(0, 2, 3, 1).numpy()
-    return torch.from_numpy(_by_codec(pixels, quality, subsampling)).permute(0, 3, 1, 2).to(x) / 255
+    for name, side in (("height", x.shape[2]), ("width", x.shape[3])):
+        checks.integer(f"the {name} of images", side, low=1, high=LARGEST_SIDE)
+    return (in_torch if differentiable else by_codec)(x, quality, subsampling)
 
 
 def evaluate_poisons(
@@ -317,7 +308,9 @@ def evaluate_poisons(
     Raises
     ------
     ArgumentError, ArgumentTypeError
-        If data are not allowed, or a mapping is empty.
+        If data are not allowed, a mapping is empty, or a poison changes the shape of images.
+    ModelError
+        If a classifier does not answer one score a class.
 
     Notes
     -----
@@ -331,20 +324,32 @@ def evaluate_poisons(
     >>> evaluate_poisons(train, x, y, x, y, *same).to_frame().loc["none", "none"].item()
     0.5
     """
-    _images(x)
-    labels, test_labels = checks.labels("y", y, n=len(x)), checks.labels("y_test", y_test, n=len(x_test))
+    _images(x, "x")
     _images(x_test, "x_test")
+    labels = checks.labels("y", y, n=len(x)).to(x.device)
+    test_labels = checks.labels("y_test", y_test, n=len(x_test)).to(x_test.device)
+    if not callable(train):
+        raise checks.ArgumentTypeError(
+            f"train is a {type(train).__name__}; allowed: a callable. Pass the function that trains a classifier."
+        )
     for name, given in (("poisons", poisons), ("defences", defences)):
+        if not isinstance(given, Mapping):
+            raise checks.ArgumentTypeError(
+                f"{name} is a {type(given).__name__}; allowed: a mapping of names to callables. Pass a dict."
+            )
         if not given:
             raise checks.ArgumentError(f"{name} is empty; allowed: at least one by name. Add one.")
-    made = {name: poison(x, labels) for name, poison in poisons.items()}
+    made = {
+        name: checks.same_shape(f"the answer of poison {name!r}", poison(x, labels), "x", x)
+        for name, poison in poisons.items()
+    }
     cells = [(p, d) for p in poisons for d in defences]
     shares = []
     for poison, defence in track(cells, "training on poisons", progress=progress):
         treat = defences[defence]
         model = Oracle.wrap(train(treat(made[poison]), labels))
-        answers = model(treat(x_test) if squeeze_test else x_test).argmax(1)
-        shares.append(float((answers == test_labels.to(answers.device)).double().mean()))
+        answers, right = labels_for(model, treat(x_test) if squeeze_test else x_test, test_labels)
+        shares.append(float((answers.argmax(1) == right.to(answers.device)).double().mean()))
     accuracy = torch.tensor(shares, dtype=x.dtype).reshape(len(poisons), len(defences))
     return PoisonTable(tuple(poisons), tuple(defences), accuracy)
 
@@ -372,83 +377,4 @@ def _bits(bits: int) -> int:
 def _luminance(x: Tensor) -> Tensor:
     if x.shape[1] == 1:
         return x
-    return (x * x.new_tensor(_LUMA).reshape(3, 1, 1)).sum(1, keepdim=True)
-
-
-def _by_codec(pixels: np.ndarray, quality: int, subsampling: Subsampling) -> np.ndarray:
-    """Send (n, height, width, channels) of 8 bits through Pillow."""
-    n, height, width, channels = pixels.shape
-    if channels == 3 and subsampling == "4:2:0":
-        # The decoder smooths colour across blocks, so pictures may not touch.
-        return np.stack([_round_trip(image, quality, subsampling) for image in pixels])
-    # Blocks of eight rows know nothing of each other: whole stacks go through at once, to the same pixels.
-    padded = np.pad(pixels, ((0, 0), (0, -height % 8), (0, 0), (0, 0)), mode="edge")
-    rows = padded.shape[1]
-    out = np.empty_like(padded)
-    many = max(1, _LARGEST_SIDE // rows)
-    for start in range(0, n, many):
-        stack = padded[start : start + many]
-        found = _round_trip(stack.reshape(-1, width, channels), quality, "4:4:4")
-        out[start : start + many] = found.reshape(stack.shape)
-    return out[:, :height]
-
-
-def _round_trip(image: np.ndarray, quality: int, subsampling: Subsampling) -> np.ndarray:
-    buffer = io.BytesIO()
-    picture = Image.fromarray(image[..., 0] if image.shape[2] == 1 else image)
-    picture.save(buffer, "JPEG", quality=quality, subsampling=subsampling)
-    return np.asarray(Image.open(buffer)).reshape(image.shape)
-
-
-def _in_torch(x: Tensor, quality: int, subsampling: Subsampling) -> Tensor:
-    height, width = x.shape[-2:]
-    levels = _through(255 * x)
-    light, colour = (x.new_tensor(table) for table in _tables(quality))
-    if x.shape[1] == 1:
-        return _coded(levels, light) / 255
-    ((r, g, b),) = (_LUMA,)
-    forward = x.new_tensor(
-        [[r, g, b], [-r / (2 - 2 * b), -g / (2 - 2 * b), 0.5], [0.5, -g / (2 - 2 * r), -b / (2 - 2 * r)]]
-    )
-    offset = x.new_tensor([0.0, 128.0, 128.0]).reshape(3, 1, 1)
-    planes = _through(torch.einsum("kc,nchw->nkhw", forward, levels) + offset)
-    luma, chroma = planes[:, :1], planes[:, 1:]
-    if subsampling == "4:2:0":
-        padded = functional.pad(chroma, (0, -width % 16, 0, -height % 16), mode="replicate")
-        half = _coded(_through(functional.avg_pool2d(padded, 2)), colour)[
-            ..., : -(-height // 2), : -(-width // 2)
-        ]
-        chroma = functional.interpolate(half, scale_factor=2, mode="bilinear")[..., :height, :width]
-    else:
-        chroma = _coded(chroma, colour)
-    decoded = torch.cat([_coded(luma, light), chroma], 1) - offset
-    out = torch.einsum("ck,nkhw->nchw", torch.linalg.inv(forward), decoded)
-    return _through(out.clamp(0, 255)) / 255
-
-
-@cache
-def _tables(quality: int) -> tuple[list[list[float]], list[list[float]]]:
-    """Return the steps of luminance and colour, 8x8 each, as the codec writes them."""
-    buffer = io.BytesIO()
-    Image.new("RGB", (8, 8)).save(buffer, "JPEG", quality=quality)
-    tables = Image.open(buffer).quantization  # type: ignore[attr-defined]
-    light, colour = (np.array(tables[k], dtype=float).reshape(8, 8).tolist() for k in (0, 1))
-    return light, colour
-
-
-def _coded(plane: Tensor, table: Tensor) -> Tensor:
-    """Quantise the cosine coefficients of the 8x8 blocks of planes (n, k, height, width) and go back to 8 bits."""
-    height, width = plane.shape[-2:]
-    padded = functional.pad(plane, (0, -width % 8, 0, -height % 8), mode="replicate") - 128
-    cosine = plane.new_tensor(dct(np.eye(8), axis=0, norm="ortho"))
-    coefficients = (cosine @ padded.unfold(2, 8, 8).unfold(3, 8, 8) @ cosine.T) / table
-    whole = coefficients.detach().round()
-    cubic = (coefficients - whole) ** 3  # of no value, but with a slope
-    blocks = cosine.T @ ((whole + cubic - cubic.detach()) * table) @ cosine
-    rows = blocks.permute(0, 1, 2, 4, 3, 5).reshape(padded.shape)[..., :height, :width]
-    return _through((rows + 128).clamp(0, 255))
-
-
-def _through(x: Tensor) -> Tensor:
-    """Round, with the gradient of the identity."""
-    return x + (x.round() - x).detach()
+    return (x * x.new_tensor(LUMA).reshape(3, 1, 1)).sum(1, keepdim=True)

@@ -14,17 +14,17 @@ from typing import Any, Literal, Self
 import torch
 from torch import Tensor, nn
 
-from perturbkit.core import Ball, Cost, Norm, Oracle, Result, Sphere, checks, row_norm, track
+from perturbkit.core import Ball, Cost, Norm, Oracle, Result, Sphere, checks, row_norm
 from perturbkit.core.progress import ProgressLike
 from perturbkit.core.random import Seed, as_generator, seeded_init, seeds
-from perturbkit.robust.attacks._parts import half_cosine
-from perturbkit.robust.training._densities import FlowDensity, GaussianDensity, MixtureDensity
+from perturbkit.robust.training._densities import DENSITIES, check_density, check_dtype, scaling
 from perturbkit.robust.training._fisher import (
     Divergence,
     FisherPenalty,
     exact_root,
     fit_density,
     sampled_root,
+    steepest_change,
 )
 
 __all__ = [
@@ -39,7 +39,6 @@ __all__ = [
 
 Simulator = Callable[[Tensor, torch.Generator], Tensor]
 Prior = Callable[[int, torch.Generator], Tensor]
-_DENSITIES = {"gaussian": GaussianDensity, "mdn": MixtureDensity, "maf": FlowDensity}
 
 
 @dataclass(frozen=True, eq=False)
@@ -51,13 +50,14 @@ class PosteriorAttack(Result):
     x : Tensor, shape (n, d_x)
         The changed observations, in their own units.
     kl : Tensor, shape (n,)
-        Divergence between the posteriors before and after, in nats.
+        Divergence between the posteriors before and after, in nats; estimated, and then perhaps just below zero, where the
+        density is not Gaussian.
     radius : Tensor, shape (n,)
         Norm of the change in standard deviations of the simulator.
     norm : str
         That norm.
     cost : Cost
-        Evaluations of the density, in rows.
+        Divergences evaluated and differentiated, in rows.
     """
 
     x: Tensor
@@ -76,7 +76,7 @@ class PosteriorRobustness(Result):
     epsilons : Tensor, shape (E,)
         Euclidean sizes, in standard deviations of the simulator.
     attack, noise, predicted : Tensor, shape (E, n)
-        Divergence in nats under attack, under a random change of the same size (median of several), and by the Fisher
+        Divergence in nats under attack, under random changes of the same size (mean of several), and by the Fisher
         information's largest eigenvalue, ``epsilon^2 lambda / 2``.
     """
 
@@ -164,8 +164,7 @@ class AmortizedPosterior:
                 raise checks.ArgumentTypeError(
                     f"{name} is a {type(value).__name__}; allowed: a callable. Pass the function that draws."
                 )
-        if not isinstance(density, nn.Module):
-            checks.one_of("density", density, _DENSITIES)
+        check_density(density)
         closed = density == "gaussian" or hasattr(density, "moments")
         if estimator is not None:
             checks.one_of("estimator", estimator, ("exact", "ema") if closed else ("ema",))
@@ -177,9 +176,10 @@ class AmortizedPosterior:
 
     def simulate(self, n: int) -> tuple[Tensor, Tensor]:
         """Draw ``n`` parameters from the prior and an observation for each; return both."""
+        checks.integer("n", n, low=1)
         theta = checks.tensor("the prior's answer", self.prior(n, self.generator), shape=(n, None))
         x = self.simulator(theta, self.generator)
-        return theta, checks.tensor("the simulator's answer", x, shape=(n, None)).to(theta)
+        return theta, checks.tensor("the simulator's answer", x, shape=(n, None)).to(theta.device)
 
     def fit(
         self, simulations: int | tuple[Tensor, Tensor] = 10_000, *, epochs: int = 20, lr: float = 2e-3,
@@ -190,7 +190,8 @@ class AmortizedPosterior:
         Parameters
         ----------
         simulations : int or (theta, x)
-            How many to draw, at least 10; or parameters (n, d) and observations (n, d_x).
+            How many to draw, at least 10; or parameters (n, d) and observations (n, d_x). Where their dtypes differ, the
+            wider is computed in.
         epochs, batch_size : int
             At least 1.
         lr : float
@@ -205,19 +206,22 @@ class AmortizedPosterior:
         checks.positive("lr", lr)
         checks.between("validation_fraction", validation_fraction, 0, 1, inclusive="neither")
         if isinstance(simulations, tuple):
+            checks.integer("the number of tensors in simulations", len(simulations), low=2, high=2)
             theta = checks.tensor("theta", simulations[0], ndim=2)
             x = checks.tensor("x", simulations[1], shape=(len(theta), None))
             checks.integer("the number of simulations", len(theta), low=10)
         else:
             theta, x = self.simulate(checks.integer("simulations", simulations, low=10))
+        dtype = torch.promote_types(theta.dtype, x.dtype)
+        theta, x = theta.detach().to(dtype), x.detach().to(dtype)
         held = max(1, int(validation_fraction * len(x)))
-        (self.x_mean_, self.x_std_), (self.theta_mean_, self.theta_std_) = _scaling(x), _scaling(theta)
+        (self.x_mean_, self.x_std_), (self.theta_mean_, self.theta_std_) = scaling(x), scaling(theta)
         z, t = (x - self.x_mean_) / self.x_std_, (theta - self.theta_mean_) / self.theta_std_
         if isinstance(self.density, nn.Module):
             self.density_: Any = self.density
         else:
             with seeded_init(seeds(self.generator, 1)[0]):
-                self.density_ = _DENSITIES[self.density](x.shape[1], theta.shape[1], self.hidden).to(theta)
+                self.density_ = DENSITIES[self.density](x.shape[1], theta.shape[1], self.hidden).to(theta)
         penalty = FisherPenalty(self.density_, self.fisher_weight, self.estimator == "exact", self.generator)
         units = float(self.theta_std_.log().sum())
         self.history_ = fit_density(
@@ -229,6 +233,7 @@ class AmortizedPosterior:
         """Return the posterior's log-density at parameters (n, d) given observations (n, d_x), shape (n,)."""
         z = self._standardised(x)
         checks.tensor("theta", theta, shape=(len(x), len(self.theta_mean_)))
+        check_dtype("theta", theta, self.theta_mean_)
         with Oracle(self.density_).frozen(), torch.no_grad():
             inner = self.density_.log_prob((theta - self.theta_mean_) / self.theta_std_, z)
         return inner - self.theta_std_.log().sum()
@@ -246,8 +251,8 @@ class AmortizedPosterior:
             raise checks.ArgumentError(
                 "the estimator is not fitted; allowed: after fit. Call fit(n_simulations) first."
             )
-        checks.tensor("x", x, shape=(None, len(self.x_mean_)))
-        return (x - self.x_mean_) / self.x_std_
+        check_dtype("x", checks.tensor("x", x, shape=(None, len(self.x_mean_))), self.x_mean_)
+        return (x.detach() - self.x_mean_) / self.x_std_
 
 
 def fisher_information(
@@ -367,7 +372,8 @@ def posterior_attack(
         Steps of a start, and starts, at least 1. The first two are the top eigenvector of the Fisher information and its
         negative.
     n_samples : int
-        Draws for the divergence of densities that are not Gaussian, at least 1; ten times as many for the one returned.
+        Draws for the divergence of densities that are not Gaussian, at least 1, or 2 in the reverse direction; ten times as
+        many to compare starts, and as many again, new ones, for the divergence returned.
     generator : torch.Generator, int or None
         Source of starts and draws.
     progress : Progress, bool or None
@@ -381,6 +387,8 @@ def posterior_attack(
     ------
     ArgumentError, ArgumentTypeError
         If a shape or option is not allowed, or the model is not fitted.
+    ModelError
+        If the Fisher information overflows, far from all simulations.
 
     Notes
     -----
@@ -388,7 +396,8 @@ def posterior_attack(
     cosine. The divergence is in closed form for Gaussians and a mean of log-ratios over draws otherwise, whose gradient in
     the reverse direction is ``E_q [(log-ratio - mean) grad log q]``. A row whose search finds nothing keeps its observation.
 
-    Cost: a gradient a row, draw, step and start.
+    Cost: a gradient a row, step and start, for the closed form; otherwise one a draw besides, and each draw is drawn and has
+    its density under the observation evaluated, which ``cost`` leaves out.
 
     References
     ----------
@@ -410,24 +419,14 @@ def posterior_attack(
     for name, value in (("n_steps", n_steps), ("n_restarts", n_restarts), ("n_samples", n_samples)):
         checks.integer(name, value, low=1)
     g = as_generator(generator)
-    divergence = Divergence(model.density_, direction == "reverse", n_samples, g)
-    leading = torch.linalg.eigh(fisher_information(model, x, generator=g)).eigenvectors[:, :, -1]
-    best, best_kl = torch.zeros_like(z), torch.zeros_like(z[:, 0])
-    with divergence.oracle.frozen():
-        for start in range(n_restarts):
-            if start < 2:
-                delta = ball.project((1.0, -1.0)[start] * 0.5 * float(epsilon) * leading)
-            else:
-                delta = ball.sample(z, generator=g)
-            for step in track(range(n_steps), "posterior attack", progress=progress):
-                gradient = divergence.gradient(z, delta)
-                stride = Ball(norm, 0.5 * epsilon * half_cosine(step, n_steps))
-                delta = ball.project(delta + stride.maximiser(gradient))
-            kl = divergence.value(z, delta)
-            better = kl > best_kl
-            best, best_kl = torch.where(better[:, None], delta, best), torch.where(better, kl, best_kl)
-    changed = torch.where(best.any(1, keepdim=True), model.x_mean_ + model.x_std_ * (z + best), x)
-    return PosteriorAttack(changed, best_kl, row_norm(best, norm), norm, divergence.oracle.cost)
+    divergence = Divergence(model.density_, z, direction == "reverse", n_samples, g)
+    if direction == "reverse" and not divergence.closed:
+        checks.integer("n_samples in the reverse direction", n_samples, low=2)
+    leading = _leading(model, x, g)[1]
+    best, kl = steepest_change(divergence, ball, leading, n_steps, n_restarts, g, progress)
+    return PosteriorAttack(
+        x.detach() + model.x_std_ * best, kl, row_norm(best, norm), norm, divergence.oracle.cost
+    )
 
 
 def robustness_report(
@@ -459,6 +458,8 @@ def robustness_report(
     ------
     ArgumentError, ArgumentTypeError
         If a shape or option is not allowed, or the model is not fitted.
+    ModelError
+        If the Fisher information overflows, far from all simulations.
 
     Notes
     -----
@@ -478,22 +479,24 @@ def robustness_report(
     torch.Size([2, 3])
     """
     z = _inputs(model, x)
-    sizes = [checks.positive("epsilons", e) for e in epsilons]
-    if not sizes:
-        raise checks.ArgumentError("epsilons is empty; allowed: at least one size. Give some.")
+    sizes = [checks.positive("epsilons", e) for e in checks.array("epsilons", epsilons, ndim=1)]
     checks.integer("n_draws", n_draws, low=1)
+    if "norm" in options:
+        raise checks.ArgumentError(
+            f"norm is {options['norm']!r}; allowed: none, since sizes are Euclidean. Call posterior_attack for other norms."
+        )
     g = as_generator(generator)
-    top = torch.linalg.eigvalsh(fisher_information(model, x, generator=g))[:, -1]
+    top = _leading(model, x, g)[0]
     divergence = Divergence(
-        model.density_, options.get("direction") == "reverse", options.get("n_samples", 100), g
+        model.density_, z, options.get("direction") == "reverse", options.get("n_samples", 100), g
     )
     attacks, noises = [], []
     for size in sizes:
         attacks.append(posterior_attack(model, x, size, generator=g, **options).kl)
         with divergence.oracle.frozen():
-            random = [divergence.value(z, Sphere(size).sample(z, generator=g)) for _ in range(n_draws)]
-        noises.append(torch.stack(random).median(0).values)
-    grid = torch.tensor(sizes, dtype=x.dtype, device=x.device)
+            random = [divergence.value(Sphere(size).sample(z, generator=g)) for _ in range(n_draws)]
+        noises.append(torch.stack(random).mean(0))
+    grid = torch.tensor(sizes, dtype=z.dtype, device=z.device)
     predicted = 0.5 * grid[:, None].square() * top
     return PosteriorRobustness(grid, torch.stack(attacks), torch.stack(noises), predicted)
 
@@ -512,15 +515,22 @@ def _root(
         return sampled_root(model.density_, z, n_samples, as_generator(generator), graph=False)
 
 
+def _leading(model: AmortizedPosterior, x: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+    """Return the largest eigenvalue of the information and its eigenvector, a row."""
+    information = fisher_information(model, x, generator=generator)
+    lost = ~information.flatten(1).isfinite().all(1)
+    if bool(lost.any()):
+        raise checks.ModelError(
+            f"the posterior's information overflows in {int(lost.sum())} of {len(x)} rows; allowed: observations that look like "
+            "simulated ones. Leave out those that are many standard deviations away."
+        )
+    values, vectors = torch.linalg.eigh(information)
+    return values[:, -1], vectors[:, :, -1]
+
+
 def _inputs(model: AmortizedPosterior, x: Tensor) -> Tensor:
     if not isinstance(model, AmortizedPosterior):
         raise checks.ArgumentTypeError(
             f"model is a {type(model).__name__}; allowed: an AmortizedPosterior. Fit one, of your own density if need be."
         )
     return model._standardised(x)
-
-
-def _scaling(values: Tensor) -> tuple[Tensor, Tensor]:
-    """Return means and standard deviations a column; one for a column that is constant."""
-    std = values.std(0)
-    return values.mean(0), torch.where(std > 0, std, torch.ones_like(std))

@@ -8,41 +8,29 @@ Representation Consistency Model via Contrastive Denoising, arXiv:2501.13094.
 from __future__ import annotations
 
 import copy
-import itertools
 import math
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 from torch.optim.lr_scheduler import LambdaLR
 
-from perturbkit.core import EDMSchedule, Oracle, Result, checks, keeping_modes, track
+from perturbkit.core import EDMSchedule, Oracle, checks, keeping_modes
 from perturbkit.core.progress import ProgressLike
-from perturbkit.core.random import Seed, as_generator, randint, randn, randperm
+from perturbkit.core.random import Seed, as_generator, randint, randn
+from perturbkit.robust.training._representation import (
+    Augment,
+    RepresentationHistory,
+    augmented,
+    batches_of,
+    check_augment,
+    descend,
+    disagreement,
+    layers_of,
+)
 
 __all__ = ["RepresentationHistory", "RobustRepresentationConsistency", "info_nce"]
-
-Augment = Callable[[Tensor, torch.Generator], Tensor]
-Loss = Callable[[Tensor, int], tuple[Tensor, Tensor]]
-
-
-@dataclass(frozen=True, eq=False)
-class RepresentationHistory(Result):
-    """A training of the representation or of the classifier on it, one entry a step.
-
-    Attributes
-    ----------
-    loss : Tensor, shape (steps,)
-        What was descended.
-    consistency : Tensor, shape (steps,)
-        Its part that asks for agreement: of neighbours on a path, or of two noisy copies.
-    """
-
-    loss: Tensor
-    consistency: Tensor
 
 
 class RobustRepresentationConsistency:
@@ -141,6 +129,11 @@ class RobustRepresentationConsistency:
         self.sigma_max = checks.between("sigma_max", sigma_max, self.sigma_min, math.inf, inclusive="neither")
         self.rho, self.sigma_data = checks.positive("rho", rho), checks.positive("sigma_data", sigma_data)
         self.temperature = checks.positive("temperature", temperature)
+        for name, pair in (("n_scales", n_scales), ("ema", ema)):
+            if not isinstance(pair, Sequence) or len(pair) != 2:
+                raise checks.ArgumentTypeError(
+                    f"{name} is {pair!r}; allowed: two numbers. Pass (at the start, at the end)."
+                )
         first = checks.integer("n_scales[0]", n_scales[0], low=1)
         self.n_scales = first, checks.integer("n_scales[1]", n_scales[1], low=first)
         low = checks.between("ema[0]", ema[0], 0, 1, inclusive="low")
@@ -154,9 +147,11 @@ class RobustRepresentationConsistency:
         return schedule.times(n - 1, t_end=self.sigma_min, spacing="karras", rho=self.rho)
 
     def schedule(self, step: int, steps: int) -> tuple[int, float]:
-        """Return the number of noise levels and the averaging rate at a step of so many."""
+        """Return the number of noise levels and the averaging rate at a step, from 0, of so many."""
+        checks.integer("steps", steps, low=1)
+        checks.integer("step", step, low=0, high=steps)
         first, last = self.n_scales
-        stages = math.log2(math.ceil(last / first) + 1)
+        stages = 1 + math.ceil(math.log2(last / first))
         levels = min(first * 2 ** int(step / steps * stages), last) + 1
         low, high = self.ema
         # As the authors' code has it: a sigmoid, of slope 15, of where the squares' line has arrived.
@@ -165,7 +160,17 @@ class RobustRepresentationConsistency:
         return levels, share * high + (1 - share) * low
 
     def represent(self, x: Tensor, sigma: Tensor | float) -> Tensor:
-        """Return the representations of inputs at a noise level, one for all or one a row, with a graph."""
+        """Return the representations of inputs at a noise level above 0, one for all or one a row, with a graph."""
+        checks.tensor("x", x)
+        levels = torch.as_tensor(sigma)
+        if levels.shape not in ((), (len(x),)) or not bool((levels > 0).all() and levels.isfinite().all()):
+            raise checks.ArgumentError(
+                f"sigma has shape {tuple(levels.shape)} and least value {float(levels.min()):.4g}; allowed: a finite number above "
+                f"0, or one for each of {len(x)} rows. Pass the level of the noise."
+            )
+        return self._represent(x, levels)
+
+    def _represent(self, x: Tensor, sigma: Tensor | float) -> Tensor:
         t = torch.as_tensor(sigma, dtype=x.dtype, device=x.device).expand(len(x))
         scale = (t.square() + self.sigma_data**2).rsqrt()
         found = self.encoder(x * scale.reshape(-1, *[1] * (x.ndim - 1)), 250 * t.log())
@@ -212,6 +217,7 @@ class RobustRepresentationConsistency:
         checks.positive("lr", lr)
         checks.nonnegative("weight_decay", weight_decay)
         checks.positive("max_norm", max_norm)
+        check_augment(augment)
         both = nn.ModuleList([self.encoder, self.projector])
         target = copy.copy(self)
         averaged = copy.deepcopy(both).requires_grad_(False).train()
@@ -222,7 +228,7 @@ class RobustRepresentationConsistency:
             for kept, new in zip(averaged.parameters(), both.parameters(), strict=True):
                 kept.lerp_(new.detach(), 1 - rate)
             batch = x[rows]
-            a, b = (_augmented(augment, batch, self.generator) for _ in range(2))
+            a, b = (augmented(augment, batch, self.generator) for _ in range(2))
             noise = randn(batch.shape, generator=self.generator, like=batch)
             return self._losses(target, batch, a, b, noise, levels)
 
@@ -230,8 +236,8 @@ class RobustRepresentationConsistency:
         rates = LambdaLR(optimizer, lambda step: min(1.0, 30 * (step + 1) / steps))
         with keeping_modes(both):
             both.train()
-            batches = _batches(n, batch_size, steps, self.generator)
-            return _descend(rates, loss, batches, steps, max_norm, x, progress)
+            batches = batches_of(n, batch_size, steps, self.generator)
+            return descend(rates, loss, batches, steps, max_norm, x, progress)
 
     def finetune(
         self, x: Tensor, y: Tensor, *, sigma: float, steps: int, consistency: float = 20.0, entropy: float = 0.5,
@@ -285,25 +291,29 @@ class RobustRepresentationConsistency:
         checks.integer("batch_size", batch_size, low=1)
         checks.positive("lr", lr)
         checks.between("layer_decay", layer_decay, 0, 1, inclusive="high")
+        if augment is not None:
+            check_augment(augment)
         head = self.head = self._new_head(x, int(labels.max()) + 1)
         n_copies = 1 if consistency == entropy == 0 else 2
 
         def loss(rows: Tensor, step: int) -> tuple[Tensor, Tensor]:
-            batch = x[rows] if augment is None else _augmented(augment, x[rows], self.generator)
+            batch = x[rows] if augment is None else augmented(augment, x[rows], self.generator)
             copies = torch.cat([batch] * n_copies)
             noisy = copies + sigma * randn(copies.shape, generator=self.generator, like=copies)
-            logits = head(self.represent(noisy, sigma))
+            logits = head(self._represent(noisy, sigma))
             fit = functional.cross_entropy(logits, labels[rows].repeat(n_copies))
-            return fit, _disagreement(logits.unflatten(0, (n_copies, -1)), consistency, entropy)
+            return fit, disagreement(logits.unflatten(0, (n_copies, -1)), consistency, entropy)
 
         def rate(step: int) -> float:
             return min((step + 1) / max(1, steps // 10), 0.5 * (1 + math.cos(math.pi * step / steps)))
 
-        optimizer = torch.optim.AdamW(_layers(self.encoder, head, lr, layer_decay), weight_decay=weight_decay)
-        batches = _batches(len(x), batch_size, steps, self.generator)
+        optimizer = torch.optim.AdamW(
+            layers_of(self.encoder, head, lr, layer_decay), weight_decay=weight_decay
+        )
+        batches = batches_of(len(x), batch_size, steps, self.generator)
         with keeping_modes(self.encoder):
             self.encoder.train()
-            return _descend(LambdaLR(optimizer, rate), loss, batches, steps, math.inf, x, progress)
+            return descend(LambdaLR(optimizer, rate), loss, batches, steps, math.inf, x, progress)
 
     def classifier(self, sigma: float) -> nn.Module:
         """Return the classifier of inputs with noise of a standard deviation ``sigma``, as a module that answers logits."""
@@ -328,18 +338,18 @@ class RobustRepresentationConsistency:
         clean, tau = self.sigma_min, self.temperature
         views = a + clean * noise, b + clean * noise
         with torch.no_grad():
-            target_a, target_b = (target.projector(target.represent(view, clean)) for view in views)
-            nearer = self.represent(x + less * noise, less)
-        found_a, found_b = (self.projector(self.represent(view, clean)) for view in views)
+            target_a, target_b = (target.projector(target._represent(view, clean)) for view in views)
+            nearer = self._represent(x + less * noise, less)
+        found_a, found_b = (self.projector(self._represent(view, clean)) for view in views)
         contrast = info_nce(found_a, target_b, tau) + info_nce(found_b, target_a, tau)
-        agreement = info_nce(self.represent(x + more * noise, more), nearer, tau)
+        agreement = info_nce(self._represent(x + more * noise, more), nearer, tau)
         return contrast.mean(), agreement.mean()
 
     def _new_head(self, x: Tensor, n_classes: int) -> nn.Linear:
         """Return a linear layer of zeros that fits the encoder."""
         with torch.no_grad(), keeping_modes(self.encoder):
             self.encoder.eval()
-            features = self.represent(x[:1], self.sigma_min)
+            features = self._represent(x[:1], self.sigma_min)
         head = nn.utils.skip_init(nn.Linear, features.shape[1], n_classes, dtype=x.dtype, device=x.device)
         nn.init.zeros_(head.weight), nn.init.zeros_(head.bias)
         return head
@@ -392,49 +402,4 @@ class _NoisyClassifier(nn.Module):
         self._method, self._sigma = method, sigma
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.head(self._method.represent(x, self._sigma))
-
-
-def _augmented(augment: Augment, rows: Tensor, generator: torch.Generator) -> Tensor:
-    return checks.same_shape("what augment answered", augment(rows, generator), "its rows", rows)
-
-
-def _batches(n: int, size: int, steps: int, generator: torch.Generator) -> Iterator[Tensor]:
-    """Return the rows of each step: whole batches of one order after another."""
-    whole = slice(n // min(size, n))
-    orders = (randperm(n, generator=generator).split(min(size, n))[whole] for _ in itertools.count())
-    return itertools.islice(itertools.chain.from_iterable(orders), steps)
-
-
-def _layers(encoder: nn.Module, head: nn.Module, lr: float, decay: float) -> list[dict[str, Any]]:
-    """Return groups of parameters whose rates fall from the head down to what is the encoder's own."""
-    layers = [head, *reversed(list(encoder.children())), nn.ParameterList(encoder.parameters(recurse=False))]
-    return [{"params": [*m.parameters()], "lr": lr * decay**depth} for depth, m in enumerate(layers)]
-
-
-def _descend(
-    rates: LambdaLR, loss: Loss, batches: Iterator[Tensor], steps: int, max_norm: float, like: Tensor,
-    progress: ProgressLike,
-) -> RepresentationHistory:  # fmt: skip
-    optimizer = rates.optimizer
-    parameters = [p for group in optimizer.param_groups for p in group["params"]]
-    history = []
-    for step, rows in enumerate(track(batches, "representation", total=steps, progress=progress)):
-        fit, agreement = loss(rows.to(like.device), step)
-        optimizer.zero_grad(set_to_none=True)
-        (fit + agreement).backward()
-        nn.utils.clip_grad_norm_(parameters, max_norm)
-        optimizer.step()
-        rates.step()
-        history.append(torch.stack([fit + agreement, agreement]).detach())
-    optimizer.zero_grad(set_to_none=True)
-    return RepresentationHistory(*torch.stack(history).unbind(1))
-
-
-def _disagreement(logits: Tensor, consistency: float, entropy: float) -> Tensor:
-    """Return the weighted divergence of copies (copies, n, classes) from their mean answer, and that mean's entropy."""
-    log_p = logits.log_softmax(2)
-    mean = log_p.exp().mean(0)
-    log_mean = log_p.logsumexp(0) - math.log(len(logits))
-    divergence = (mean * (log_mean - log_p)).sum(2).mean()
-    return consistency * divergence - entropy * (mean * log_mean).sum(1).mean()
+        return self.head(self._method._represent(x, self._sigma))

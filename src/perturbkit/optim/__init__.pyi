@@ -49,6 +49,8 @@ from .plasticity.upgd import UPGD as UPGD
 from .plasticity.upgd import scaled_utility as scaled_utility
 from .plasticity.upgd import true_utility as true_utility
 from .plasticity.upgd import weight_utility as weight_utility
+from .second_order.optimal_input_gain import OIGRegressor as OIGRegressor
+from .second_order.optimal_input_gain import optimal_input_gain as optimal_input_gain
 from .sharpness.amp import AMP as AMP
 from .sharpness.amp import amp_loss as amp_loss
 from .sharpness.gradient_regularization import DiagonalLinearNet as DiagonalLinearNet

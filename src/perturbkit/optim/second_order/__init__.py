@@ -1,0 +1,1 @@
+"""Use curvature to train: gains that rescale inputs, and preconditioners fitted to Hessian-vector pairs."""

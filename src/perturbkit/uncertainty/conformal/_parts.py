@@ -207,14 +207,22 @@ def lowest_lines(slope: np.ndarray, offset: np.ndarray) -> tuple[np.ndarray, np.
 
     Of equal lines the first has it; a line that is nowhere the lowest has ends in the wrong order.
     """
-    rise = slope[:, :, None] - slope[:, None, :]
-    drop = offset[:, None, :] - offset[:, :, None]
-    with np.errstate(divide="ignore", invalid="ignore"):
-        meet = drop / rise
-    # Steeper than the other: lowest to the left of where they meet.
-    last = np.where(rise > 0, meet, np.inf).min(2)
-    first = np.where(rise < 0, meet, -np.inf).max(2)
-    index = np.arange(slope.shape[1])
-    beaten = (rise == 0) & ((drop < 0) | ((drop == 0) & (index[None, :] < index[:, None])))
-    never = beaten.any(2)
-    return np.where(never, np.inf, first), np.where(never, -np.inf, last)
+    n, m = slope.shape
+    first, last = np.full((n, m), np.inf), np.full((n, m), -np.inf)
+    # The steepest line is the lowest on the far left; from there the envelope is walked along, all rows at once.
+    steepest = slope.max(1, keepdims=True)
+    line = np.where(slope == steepest, offset, np.inf).argmin(1)
+    rows, place = np.arange(n), np.full(n, -np.inf)
+    while len(rows):
+        first[rows, line] = place
+        s, o, each = slope[rows], offset[rows], np.arange(len(rows))
+        fall = s[each, line][:, None] - s
+        with np.errstate(divide="ignore", invalid="ignore"):
+            meet = np.where(fall > 0, (o - o[each, line][:, None]) / fall, np.inf)
+        place = meet.min(1)
+        last[rows, line] = place
+        # Of lines that are met at once the flattest goes on.
+        line = np.where((meet == place[:, None]) & (fall > 0), s, np.inf).argmin(1)
+        on = np.isfinite(place)
+        rows, place, line = rows[on], place[on], line[on]
+    return first, last

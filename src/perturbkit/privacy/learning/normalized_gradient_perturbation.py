@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from scipy.optimize import brentq
@@ -367,8 +367,8 @@ def excess_risk_bound(
 
 def _shrinkage(gradients: Sequence[Tensor], bound: float) -> Tensor:
     """Return 1 / max(1, norm / bound) of each row, the norm over all parameters."""
-    square: Any = sum(g.flatten(1).square().sum(1) for g in gradients)
-    return 1 / (square.sqrt() / bound).clamp(min=1)
+    norms = torch.stack([torch.linalg.vector_norm(g.flatten(1), dim=1) for g in gradients])
+    return 1 / (torch.linalg.vector_norm(norms, dim=0) / bound).clamp(min=1)
 
 
 def _log_delta(epsilon: float, mu: float) -> float:

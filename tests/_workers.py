@@ -2,6 +2,7 @@
 
 import os
 import time
+import warnings
 from functools import partial
 from typing import Any
 
@@ -94,12 +95,36 @@ def one_byte_join_and_drop() -> list[str]:
     return digests
 
 
-def one_byte_mismatch() -> str:
-    """Return what a worker is told when the seeds and weights differ."""
+def one_byte_mismatch() -> list[str]:
+    """Return what a worker is told when seeds and weights differ, and when the rates do."""
+    rank, said = distributed.get_rank(), []
+    for start, options in ((float(rank), {"seed": rank}), (1.0, {"lr": 0.1 * (1 + rank)})):
+        w = torch.nn.Parameter(torch.full((3,), start))
+        try:
+            OneByteSPSA([w], **options).step(w.sum)
+        except checks.ModelError as error:
+            said.append(str(error))
+    return said
+
+
+def one_fails_one_sleeps() -> None:
+    if distributed.get_rank() == 1:
+        raise KeyError("lost")
+    time.sleep(100)
+
+
+def one_byte_nan_and_batches() -> tuple[list[str], str, list[float]]:
+    """Train on batches of other sizes, one of which has a loss that is not a number; return digest and messages.
+
+    Before it, what is told of workers that differ: processes are slow to start.
+    """
+    said = one_byte_mismatch()
     rank = distributed.get_rank()
-    w = torch.nn.Parameter(torch.full((3,), float(rank)))
-    try:
-        OneByteSPSA([w], seed=rank).step(lambda: w.sum())
-    except checks.ModelError as error:
-        return str(error)
-    return ""
+    w = torch.nn.Parameter(torch.ones(3))
+    x = torch.arange(1.0, 4.0).repeat(rank + 1, 1)
+    optimizer = OneByteSPSA([w], lr=0.1)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", checks.PerturbkitWarning)
+        for t in range(4):
+            optimizer.step(lambda t=t: (x @ w).mean() * (float("nan") if rank == 1 and t % 2 else 1))  # type: ignore[misc]
+    return said, optimizer.digest(), [optimizer.messages[t][1][0] for t in range(4)]

@@ -7,7 +7,16 @@ import torch
 from torch import Tensor, nn
 
 from perturbkit.core import checks
-from perturbkit.core.optimizers import Replay, WrappingOptimizer, displaced, loss_value
+from perturbkit.core.optimizers import (
+    BaseOptimizer,
+    Replay,
+    WrappingOptimizer,
+    dense_gradients,
+    displaced,
+    evaluated,
+    global_norm,
+    loss_value,
+)
 from perturbkit.core.random import seeded_init
 
 
@@ -125,9 +134,76 @@ def test_a_group_that_is_added_later_gets_the_options_of_both() -> None:
         (lambda: Doubling([nn.Parameter(torch.ones(1))], factor=-1.0, lr=0.1), "factor is -1"),
         (lambda: loss_value(torch.ones(2)), r"shape \(2,\)"),
         (lambda: loss_value(None), "a NoneType"),
+        (lambda: evaluated(3), "closure is 3"),
     ],
-    ids=["closure", "base", "model", "factor", "loss", "none"],
+    ids=["closure", "base", "model", "factor", "loss", "none", "optional"],
 )
 def test_refusals(call, match: str) -> None:
     with pytest.raises(checks.PerturbkitError, match=match):
         call()
+
+
+def test_gradients_are_copied_dense_and_zero_where_there_is_none() -> None:
+    table = nn.Embedding(3, 2, sparse=True)
+    table(torch.tensor([1, 1])).sum().backward()
+    unused = nn.Parameter(torch.ones(2))
+    found = dense_gradients([table.weight, unused])
+    assert found[0].tolist() == [[0, 0], [2, 2], [0, 0]]
+    assert found[1].tolist() == [0, 0]
+    w = nn.Parameter(torch.ones(2))
+    w.grad = torch.ones(2)
+    dense_gradients([w])[0].mul_(3)
+    assert w.grad.tolist() == [1, 1]
+
+
+def test_the_norm_of_half_precision_tensors_is_taken_in_single() -> None:
+    many = [torch.full((100,), 3e4, dtype=torch.float16), torch.full((3,), 1e-4, dtype=torch.float64)]
+    assert float(global_norm(many)) == pytest.approx(3e5, rel=1e-3)
+    assert float(global_norm([torch.full((4,), 1e-5, dtype=torch.float16)])) == pytest.approx(2e-5, rel=1e-2)
+
+
+def test_a_loaded_state_keeps_its_precision_and_that_of_the_optimizer_inside() -> None:
+    class Wide(BaseOptimizer):
+        def step(self, closure=None):  # type: ignore[override]
+            raise AssertionError
+
+    value = torch.tensor([1 + 2**-20])
+    for model, saved, want in (
+        (torch.bfloat16, value, torch.float32),
+        (torch.bfloat16, value.bfloat16(), torch.bfloat16),
+        (torch.float32, value.double(), torch.float32),
+    ):
+        w, v = (nn.Parameter(torch.ones(1, dtype=model)) for _ in range(2))
+        one, other = Wide([w], {}), Wide([v], {})
+        one.state[w]["kept"] = saved
+        other.load_state_dict(one.state_dict())
+        assert other.state[v]["kept"].dtype == want
+        assert other.state[v]["kept"].data_ptr() != saved.data_ptr()
+        assert torch.equal(other.state[v]["kept"].to(saved.dtype), saved)
+    # Adam keeps its moments in the weights' precision, whatever was saved.
+    w, v = nn.Parameter(torch.ones(1)), nn.Parameter(torch.ones(1, dtype=torch.bfloat16))
+    one, other = (Doubling([p], torch.optim.Adam, lr=0.1) for p in (w, v))
+
+    def closure_of(p, optimizer):
+        def closure():
+            optimizer.zero_grad()
+            p.sum().backward()
+            return 1.0
+
+        return closure
+
+    one.step(closure_of(w, one))
+    other.load_state_dict(one.state_dict())
+    other.step(closure_of(v, other))
+    assert other.state[v]["exp_avg"].dtype == torch.bfloat16
+
+
+def test_copies_have_hooks_of_their_own_and_no_scheduler() -> None:
+    w = nn.Parameter(torch.ones(1))
+    optimizer = Doubling([w], lr=0.1)
+    torch.optim.lr_scheduler.StepLR(optimizer, 1)
+    _, other = copy.deepcopy((w, optimizer))
+    assert "step" not in vars(other)
+    assert other.base_optimizer.param_groups is other.param_groups
+    assert other.base_optimizer.state is other.state
+    assert other.param_groups is not optimizer.param_groups

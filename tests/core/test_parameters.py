@@ -307,3 +307,11 @@ def test_global_generator_is_untouched() -> None:
 def test_refusals(call, match: str) -> None:
     with pytest.raises(checks.PerturbkitError, match=match):
         call()
+
+
+def test_a_tensor_that_is_given_twice_is_moved_once_and_comes_back():
+    w = torch.randn(70_000, generator=torch.Generator().manual_seed(1))
+    before = w.clone()
+    with perturbed([w, w], 1, 0.5, trainable_only=False):
+        assert torch.equal(w, before + 0.5 * seeded_direction([before], 1, trainable_only=False))
+    assert torch.equal(w, before)

@@ -4,7 +4,7 @@ import time
 
 import pytest
 
-from _workers import one_dies, one_fails, sleeps, summed_ranks
+from _workers import one_dies, one_fails, one_fails_one_sleeps, sleeps, summed_ranks
 from perturbkit.core import checks
 from perturbkit.core.workers import run_workers
 
@@ -38,3 +38,8 @@ def test_the_time_is_kept() -> None:
 def test_refusals(call, match: str) -> None:
     with pytest.raises(checks.PerturbkitError, match=match):
         call()
+
+
+def test_a_failure_is_told_while_another_process_works_on() -> None:
+    with pytest.raises(checks.ModelError, match="a worker failed: 'lost'"):
+        run_workers(one_fails_one_sleeps, 2, timeout=60)

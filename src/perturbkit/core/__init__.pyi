@@ -25,10 +25,14 @@ from .noise import VESchedule as VESchedule
 from .noise import VPSchedule as VPSchedule
 from .noise import convert_prediction as convert_prediction
 from .noise import ddim_step as ddim_step
+from .optimizers import BaseOptimizer as BaseOptimizer
 from .optimizers import Closure as Closure
 from .optimizers import Replay as Replay
 from .optimizers import WrappingOptimizer as WrappingOptimizer
+from .optimizers import dense_gradients as dense_gradients
 from .optimizers import displaced as displaced
+from .optimizers import evaluated as evaluated
+from .optimizers import global_norm as global_norm
 from .optimizers import loss_value as loss_value
 from .oracle import Oracle as Oracle
 from .oracle import parse_memory as parse_memory

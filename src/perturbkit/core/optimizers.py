@@ -3,7 +3,8 @@
 A method that needs the loss or gradient at displaced weights evaluates the user's closure several times a step. Every
 evaluation must see the same batch, the same dropout masks and the same running statistics, or the difference measures
 those instead of the displacement: :class:`Replay` takes care of it. :func:`displaced` moves weights and puts them back
-bit for bit, and :class:`WrappingOptimizer` hands the changed gradient to any PyTorch optimizer.
+bit for bit, :class:`BaseOptimizer` can be copied and resumed without loss, and :class:`WrappingOptimizer` hands the changed
+gradient to any PyTorch optimizer.
 """
 
 from __future__ import annotations
@@ -17,9 +18,22 @@ from torch import Tensor, nn
 
 from perturbkit.core import checks
 
-__all__ = ["Closure", "Replay", "WrappingOptimizer", "displaced", "loss_value"]
+__all__ = [
+    "BaseOptimizer",
+    "Closure",
+    "Replay",
+    "WrappingOptimizer",
+    "dense_gradients",
+    "displaced",
+    "evaluated",
+    "global_norm",
+    "loss_value",
+]
 
 Closure = Callable[[], Any]
+
+_ATTACHED = frozenset({"step", "_opt_called"})
+"""What learning-rate schedulers set on an optimizer."""
 
 
 class Replay:
@@ -153,7 +167,111 @@ def displaced(weights: Sequence[Tensor], shifts: Sequence[Tensor], scale: float 
                 w.copy_(copy)
 
 
-class WrappingOptimizer(torch.optim.Optimizer):
+def evaluated(closure: Closure | None) -> Any:
+    """Return the loss of an optional closure, evaluated with gradients; None without one.
+
+    Raises
+    ------
+    ArgumentTypeError
+        If it is neither None nor callable.
+
+    Examples
+    --------
+    >>> evaluated(lambda: 2.0), evaluated(None)
+    (2.0, None)
+    """
+    if closure is None:
+        return None
+    if not callable(closure):
+        raise checks.ArgumentTypeError(
+            f"closure is {closure!r}; allowed: a function without arguments that evaluates loss and gradients, or None. "
+            "Pass step(closure), or call backward and step()."
+        )
+    with torch.enable_grad():
+        return closure()
+
+
+def dense_gradients(weights: Sequence[Tensor]) -> list[Tensor]:
+    """Return copies of weights' gradients, sparse ones made dense; zeros where there is none.
+
+    Examples
+    --------
+    >>> dense_gradients([torch.ones(2, requires_grad=True)])
+    [tensor([0., 0.])]
+    """
+    grads = [torch.zeros_like(w) if w.grad is None else w.grad.detach() for w in weights]
+    return [g.to_dense() if g.layout != torch.strided else g.clone() for g in grads]
+
+
+def global_norm(tensors: Sequence[Tensor]) -> Tensor:
+    """Return the Euclidean norm of all tensors as one vector, in single precision at least, on the first one's device.
+
+    Examples
+    --------
+    >>> global_norm([torch.tensor([3.0]), torch.tensor([[4.0]])])
+    tensor(5.)
+    """
+    parts = [torch.linalg.vector_norm(t, dtype=torch.promote_types(t.dtype, torch.float32)) for t in tensors]
+    return torch.linalg.vector_norm(torch.stack([p.to(tensors[0].device) for p in parts]))
+
+
+class BaseOptimizer(torch.optim.Optimizer):
+    """An optimizer that can be copied, pickled and resumed without loss.
+
+    Parameters
+    ----------
+    params : iterable of Tensor, or of dict
+        Parameters or parameter groups, as for any PyTorch optimizer.
+    defaults : mapping
+        Options and their defaults.
+
+    Notes
+    -----
+    PyTorch's own class leaves all attributes but groups and state out of copies, and rounds a loaded state to the precision
+    of the weights.
+
+    Examples
+    --------
+    >>> import copy
+    >>> class Plain(BaseOptimizer):
+    ...     colour = "none"
+    >>> one = Plain([torch.ones(1)], {"lr": 0.1})
+    >>> one.colour = "red"
+    >>> copy.deepcopy(one).colour
+    'red'
+    """
+
+    def __init__(self, params: Any, defaults: Mapping[str, Any]) -> None:
+        super().__init__(params, dict(defaults))
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Return what a copy has: groups, state and own attributes, without hooks and what schedulers attach."""
+        own = {
+            name: value
+            for name, value in vars(self).items()
+            if name not in _ATTACHED and not name.startswith(("_optimizer_", "_zero_grad", "_warned"))
+        }
+        return {**own, **super().__getstate__()}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Load groups and state; numbers that are kept in a higher precision than the weights stay so."""
+        super().load_state_dict(state_dict)
+        saved = state_dict["state"]
+        numbers = [i for group in state_dict["param_groups"] for i in group["params"]]
+        weights = [p for group in self.param_groups for p in group["params"]]
+        for number, p in zip(numbers, weights, strict=True):
+            for name, value in saved.get(number, {}).items():
+                if isinstance(value, Tensor) and value.is_floating_point():
+                    loaded = self.state[p][name]
+                    dtype = self.state_dtype(name, value.dtype, p)
+                    self.state[p][name] = value.to(device=loaded.device, dtype=dtype, copy=True)
+
+    def state_dtype(self, name: str, saved: torch.dtype, p: Tensor) -> torch.dtype:
+        """Return the precision of a part of the state that was saved in another: single at least."""
+        return saved if saved == p.dtype else torch.promote_types(p.dtype, torch.float32)
+
+
+class WrappingOptimizer(BaseOptimizer):
     """The part that optimizers share which hand a changed gradient to another optimizer.
 
     Parameters
@@ -195,7 +313,7 @@ class WrappingOptimizer(torch.optim.Optimizer):
                 f"model is a {type(model).__name__}; allowed: an nn.Module or None. Pass the model whose buffers are to be kept."
             )
         self._model = model
-        super().__init__(params, dict(defaults))
+        super().__init__(params, defaults)
         base = base_optimizer(self.param_groups, **base_options)
         self._share(base)
         self.defaults = {**base.defaults, **self.defaults}
@@ -218,6 +336,12 @@ class WrappingOptimizer(torch.optim.Optimizer):
         """Load the state of both optimizers."""
         super().load_state_dict(state_dict)
         self.base_optimizer.__setstate__({"state": self.state, "param_groups": self.param_groups})
+
+    def state_dtype(self, name: str, saved: torch.dtype, p: Tensor) -> torch.dtype:
+        """Return the precision that the optimizer inside keeps a part of its state in."""
+        if isinstance(self.base_optimizer, BaseOptimizer):
+            return self.base_optimizer.state_dtype(name, saved, p)
+        return self.state[p][name].dtype
 
     def replay(self, closure: Closure | None) -> Replay:
         """Return the closure as one that can be evaluated again on the same batch."""

@@ -490,7 +490,8 @@ def _parameters(weights: Weights, trainable_only: bool) -> dict[str, Tensor]:
     if isinstance(weights, nn.Module):
         named: Iterable[tuple[str, Tensor]] = weights.named_parameters()
     elif isinstance(weights, Iterable) and not isinstance(weights, (Tensor, str)):
-        named = ((str(i), p) for i, p in enumerate(weights))
+        # As in a module, what is given twice counts once.
+        named = ((str(i), p) for i, p in enumerate({id(p): p for p in weights}.values()))
     else:
         raise checks.ArgumentTypeError(
             f"module is a {type(weights).__name__}; allowed: an nn.Module, or an iterable of its parameters where a "

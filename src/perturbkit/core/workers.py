@@ -6,8 +6,7 @@ import datetime
 import pickle
 import tempfile
 from collections.abc import Callable
-from concurrent.futures import ProcessPoolExecutor
-from concurrent.futures import TimeoutError as FutureTimeout
+from concurrent.futures import FIRST_EXCEPTION, ProcessPoolExecutor, wait
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
@@ -65,12 +64,16 @@ def run_workers(function: Callable[..., Any], n: int, *arguments: Any, timeout: 
         pool = ProcessPoolExecutor(n, mp_context=get_context("spawn"))
         try:
             jobs = [pool.submit(_work, function, arguments, address, i, n, timeout) for i in range(n)]
-            return [pickle.loads(job.result(timeout)) for job in jobs]
-        except FutureTimeout as error:
-            raise checks.ModelError(
-                f"{n} processes did not end in {timeout:g} s; allowed: less than the timeout. Raise timeout, or look for "
-                "a collective operation that not all of them reach."
-            ) from error
+            # All together: the first that fails is told at once, and the time is that of the call.
+            done, late = wait(jobs, timeout, FIRST_EXCEPTION)
+            for job in done:
+                job.result()
+            if late:
+                raise checks.ModelError(
+                    f"{n} processes did not end in {timeout:g} s; allowed: less than the timeout. Raise timeout, or look for "
+                    "a collective operation that not all of them reach."
+                )
+            return [pickle.loads(job.result()) for job in jobs]
         except checks.PerturbkitError:
             raise
         except Exception as error:

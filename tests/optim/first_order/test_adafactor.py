@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 from _common import Example
+from perturbkit.core import checks
 from perturbkit.core.random import seeded_init
 from perturbkit.optim import Adafactor, state_bytes
 
@@ -183,3 +184,17 @@ def test_a_closure_is_evaluated_with_gradients():
 
     assert optimizer.step(closure).item() == 2
     assert (w < 1).all()
+
+
+@pytest.mark.parametrize(
+    ("options", "match"),
+    [
+        ({"decay_power": 0.0}, "decay_power is 0"),
+        ({"eps": None}, "eps is None"),
+        ({"eps": (0.0, 1e-3)}, "eps is 0"),
+    ],
+    ids=["decay", "eps", "first"],
+)
+def test_options_at_the_edge_are_refused(options, match):
+    with pytest.raises(checks.PerturbkitError, match=match):
+        Adafactor([nn.Parameter(torch.ones(2))], **options)

@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 from _common import Example
+from perturbkit.core import checks
 from perturbkit.optim import AdaGradNorm, adagrad_norm_bound, affine_noise, high_probability_experiment
 
 P = nn.Parameter
@@ -169,3 +170,28 @@ def test_frozen_and_sparse_parameters_states_and_schedulers():
     second.step()
     assert torch.equal(w, v)
     assert torch.equal(table.weight, copied.weight)
+
+
+def test_the_sum_goes_on_where_the_first_parameter_had_no_gradient_before():
+    w, v = nn.Parameter(torch.zeros(1)), nn.Parameter(torch.zeros(1))
+    optimizer = AdaGradNorm([w, v], lr=1.0, initial=1.0)
+    v.grad = torch.tensor([3.0])
+    optimizer.step()
+    w.grad, v.grad = torch.tensor([1.0]), torch.tensor([1.0])
+    optimizer.step()
+    assert w.item() == pytest.approx(-1 / (1 + 9 + 2) ** 0.5)
+
+
+def test_the_sum_is_loaded_in_double_precision():
+    w, v = (nn.Parameter(torch.zeros(1, dtype=torch.float16)) for _ in range(2))
+    one, other = (AdaGradNorm([p], lr=1.0, initial=1e-2) for p in (w, v))
+    w.grad = torch.tensor([6e4], dtype=torch.float16)  # the square is beyond half precision
+    one.step()
+    other.load_state_dict(one.state_dict())
+    assert other.state[v]["total"].dtype == torch.float64
+    assert float(other.state[v]["total"]) == float(one.state[w]["total"])
+
+
+def test_a_gradient_of_another_shape_is_refused():
+    with pytest.raises(checks.ArgumentError, match="gradient answered shape"):
+        high_probability_experiment(lambda x: x[:1], torch.ones(2), runs=3, steps=1, lr=1.0)

@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from _common import Example
+from perturbkit.core import checks
 from perturbkit.optim import (
     ClippedSGD,
     alpha_stable_noise,
@@ -187,3 +188,34 @@ def test_frozen_and_sparse_parameters_states_and_schedulers():
     other.step()
     assert torch.equal(w, v)
     assert (table.weight != 1).any(1).tolist() == [False, True, False, False]
+
+
+def test_half_precision_gradients_are_clipped_whatever_their_norm():
+    w = nn.Parameter(torch.zeros(100, dtype=torch.float16))
+    w.grad = torch.full((100,), 3e4, dtype=torch.float16)  # its norm is beyond half precision
+    ClippedSGD([w], lr=1.0, clip=2.0).step()
+    assert float(w.detach().double().norm()) == pytest.approx(2.0, rel=1e-2)
+
+
+@pytest.mark.parametrize(
+    ("call", "match"),
+    [
+        (
+            lambda: minimize_clipped_sstm(lambda x: 3, torch.ones(2), lipschitz=1.0, clip=1.0),
+            "grad answered a int",
+        ),
+        (
+            lambda: solve_clipped_seg(lambda x: x[:, :1], torch.ones(2), step=1.0, clip=1.0),
+            "operator answered shape",
+        ),
+        (
+            lambda: solve_clipped_sgda(lambda x: x[0], torch.ones(2), step=1.0, clip=1.0),
+            "operator answered shape",
+        ),
+        (lambda: ClippedSGD([nn.Parameter(torch.ones(1))], 0.1, torch.ones(2)), "clip is Tensor"),
+    ],
+    ids=["gradient", "extragradient", "ascent", "levels"],
+)
+def test_answers_and_levels_of_another_kind_are_refused(call, match):
+    with pytest.raises(checks.PerturbkitError, match=match):
+        call()

@@ -9,6 +9,7 @@ from scipy.optimize import minimize
 from torch import nn
 
 from _common import Example
+from perturbkit.core import checks
 from perturbkit.optim import MedianSGD, SampleMedianSGD, geometric_median
 
 P = nn.Parameter
@@ -35,7 +36,7 @@ EXAMPLE = Example(
         (lambda: SampleMedianSGD([P(torch.ones(1))], lr=-1.0), "lr is -1"),
         (lambda: SampleMedianSGD([P(torch.ones(1))], lr=1.0, chunks=0), "chunks is 0"),
         (lambda: SampleMedianSGD([P(torch.ones(1))], lr=1.0).step([]), "closures is 0"),
-        (lambda: geometric_median(torch.ones(0, 2)), "points has no rows"),
+        (lambda: geometric_median(torch.ones(0, 2)), "points is empty"),
         (lambda: geometric_median(torch.ones(2, 2), max_iter=0), "max_iter is 0"),
         (lambda: geometric_median(torch.ones(2, 2), tol=-1.0), "tol is -1"),
     ),
@@ -177,3 +178,62 @@ def test_frozen_and_sparse_parameters_states_and_schedulers():
     assert torch.equal(w, v)
     assert torch.equal(tables[0].weight, tables[1].weight)
     assert (tables[0].weight[[0, 2, 3]] == 1).all()
+
+
+def test_a_relative_distance_begins_at_the_first_gradient_that_is_not_zero():
+    w = nn.Parameter(torch.ones(2))
+    optimizer = MedianSGD([w], lr=0.1, relative=True)
+    for size in (0.0, 0.0, 1.0, 1.0):
+        w.grad = torch.full((2,), size)
+        optimizer.step()
+    # Tenths of the residual of 1, then of the first size over 1.1.
+    first, second = 0.1, 0.1 + 0.1 / 1.1
+    torch.testing.assert_close(w.detach(), torch.full((2,), 1 - 0.1 * (first + second)))
+
+
+def test_the_relative_distance_goes_on_where_the_first_parameter_had_no_gradient_before():
+    w, v = nn.Parameter(torch.zeros(1)), nn.Parameter(torch.zeros(1))
+    optimizer = MedianSGD([w, v], lr=0.1, tau=0.5, relative=True)
+    v.grad = torch.tensor([8.0])
+    optimizer.step()
+    before = optimizer.state[w]["middle"].item()
+    w.grad = torch.tensor([1e-3])
+    optimizer.step()
+    assert optimizer.state[w]["middle"].item() == pytest.approx(before / 1.1)
+
+
+def test_medians_of_half_precision_weights_move_by_small_steps():
+    w = nn.Parameter(torch.zeros(1, dtype=torch.bfloat16))
+    optimizer = MedianSGD([w], lr=1e-3, tau=1e-3)
+    for _ in range(1500):
+        w.grad = torch.tensor([2.0], dtype=torch.bfloat16)
+        optimizer.step()
+    assert optimizer.state[w]["median"].item() == pytest.approx(1.5, rel=1e-3)
+
+
+@pytest.mark.parametrize("far", [1e9, 1e20, 1e35], ids=str)
+def test_how_far_an_outlier_is_does_not_matter(far):
+    near = torch.randn(7, 3, generator=torch.Generator().manual_seed(0))
+    with_one = torch.cat([near, torch.tensor([[far, 0.0, 0.0]])])
+    want = geometric_median(torch.cat([near, torch.tensor([[1e5, 0.0, 0.0]])]).double())
+    torch.testing.assert_close(geometric_median(with_one).double(), want, rtol=1e-3, atol=1e-3)
+
+
+def test_points_that_are_not_finite_are_left_out():
+    near = torch.randn(5, 2, generator=torch.Generator().manual_seed(1))
+    bad = torch.tensor([[torch.inf, 0.0], [torch.nan, 1.0]])
+    torch.testing.assert_close(geometric_median(torch.cat([bad, near])), geometric_median(near))
+    with pytest.raises(checks.ArgumentError, match="no finite row"):
+        geometric_median(bad)
+
+
+@pytest.mark.parametrize(
+    ("closure", "match"),
+    [(lambda: 1.0, "without a graph"), (3, "closure is 3"), (lambda: torch.ones(2), r"shape \(2,\)")],
+    ids=["number", "uncallable", "vector"],
+)
+def test_chunks_that_are_no_losses_are_told(closure, match):
+    w = nn.Parameter(torch.ones(2))
+    with pytest.raises(checks.PerturbkitError, match=match):
+        SampleMedianSGD([w], 0.1, chunks=1).step([closure])
+    assert (w == 1).all()

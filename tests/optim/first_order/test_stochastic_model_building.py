@@ -180,3 +180,28 @@ def test_frozen_parameters_states_and_schedulers():
         two.step(other)
     assert torch.equal(flat(weights), flat(others))
     assert (frozen == 1).all()
+
+
+def test_a_trial_that_leaves_the_range_of_numbers_moves_nothing():
+    w = nn.Parameter(torch.ones(1))
+    optimizer = SMB([w], lr=1e30, autoschedule=True)
+
+    def closure():
+        optimizer.zero_grad()
+        loss = (w**4).sum()
+        loss.backward()
+        return loss
+
+    optimizer.step(closure)
+    assert w.item() == 1.0
+    assert optimizer.param_groups[0]["lr"] == pytest.approx(9e29)
+    g = torch.tensor([1.0])
+    assert model_building_step(g, torch.tensor([torch.inf]), -g, 0.5).item() == 0
+
+
+def test_half_precision_steps_are_those_of_single():
+    g = torch.randn(6, generator=torch.Generator().manual_seed(0)) * 3e-4
+    y, s = 0.3 * g.flip(0), -0.5 * g
+    half = model_building_step(*(v.half() for v in (g, y, s)), 0.9)
+    assert half.dtype == torch.float16
+    torch.testing.assert_close(half.float(), model_building_step(g, y, s, 0.9), rtol=2e-2, atol=2e-6)

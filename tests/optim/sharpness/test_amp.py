@@ -205,3 +205,22 @@ def test_weights_come_back_when_the_closure_fails():
     with pytest.raises(checks.ModelError):
         AMP(weights, lr=0.1).step(failing)
     assert torch.equal(flat(weights), before)
+
+
+def test_the_ball_of_half_precision_weights_is_measured_in_single():
+    w = torch.full((16,), 1.0, dtype=torch.float16, requires_grad=True)
+    seen = []
+
+    def loss():
+        seen.append(w.detach().double().clone())
+        return (w.float() * 6e4).sum() / 2
+
+    amp_loss(loss, [w], 0.5, inner_lr=1.0)
+    assert float((seen[1] - seen[0]).norm()) == pytest.approx(0.5, rel=2e-3)
+
+
+def test_a_loss_without_a_graph_is_told_and_the_weights_are_as_before():
+    w = torch.ones(2, requires_grad=True)
+    with pytest.raises(checks.ModelError, match="without a graph"):
+        amp_loss(lambda: 3.0, [w], 0.5)
+    assert (w == 1).all()

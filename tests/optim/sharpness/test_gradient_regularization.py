@@ -71,7 +71,7 @@ EXAMPLE = Example(
             lambda: GradientRegularizer([P(torch.ones(1))], lr=1.0, scheme="double_backprop").step(
                 lambda: torch.tensor(1.0)
             ),
-            "no graph",
+            "without a graph",
         ),
         (lambda: Flooding([P(torch.ones(1))], level=-1.0), "level is -1"),
         (lambda: DiagonalLinearNet(0, 1.0), "d is 0"),
@@ -226,3 +226,31 @@ def test_a_graph_is_needed_to_differentiate_twice():
     w, loss, _ = bowl()
     with pytest.raises(checks.ModelError, match="Do not call backward"):
         GradientRegularizer([w], lr=1.0, scheme="double_backprop").step(lambda: loss().item())
+
+
+def test_double_backprop_tells_of_backward_in_the_closure():
+    w = nn.Parameter(torch.ones(2))
+    optimizer = GradientRegularizer([w], lr=0.1, scheme="double_backprop")
+
+    def closure():
+        optimizer.zero_grad()
+        loss = w.square().sum()
+        loss.backward()
+        return loss
+
+    with pytest.raises(checks.ModelError, match="called backward"):
+        optimizer.step(closure)
+    assert (w == 1).all()
+
+
+def test_double_backprop_of_a_linear_loss_is_plain_descent():
+    w, v = nn.Parameter(torch.ones(2)), nn.Parameter(torch.ones(1))
+    optimizer = GradientRegularizer([w, v], lr=0.1, scheme="double_backprop")
+    optimizer.step(lambda: w.sum() + 3 * v.sum())
+    torch.testing.assert_close(w.detach(), torch.full((2,), 0.9))
+    torch.testing.assert_close(v.detach(), torch.tensor([0.7]))
+
+
+def test_no_coefficients_have_no_richness():
+    with pytest.raises(checks.ArgumentError, match="beta is zero"):
+        richness(torch.zeros(2, 3), 1.0)

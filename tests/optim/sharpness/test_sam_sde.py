@@ -9,6 +9,7 @@ from scipy.linalg import expm, solve_continuous_lyapunov
 from torch import nn
 
 from _common import Example
+from perturbkit.core import checks
 from perturbkit.optim import (
     SAM,
     implicit_loss,
@@ -247,3 +248,29 @@ def test_weak_errors_are_differences_of_means_with_their_standard_error():
     found = weak_error(a, b, lambda x: x[:, 0])
     assert found.value == pytest.approx(abs(float(a[:, 0].double().mean() - b[:, 0].double().mean())))
     assert found.standard_error == pytest.approx(math.sqrt(1 / 4000 + 1 / 1000), rel=0.05)
+
+
+@pytest.mark.parametrize("size", [1e4, 5e-7], ids=["large", "small"])
+def test_half_precision_gradients_of_any_size_ascend_by_the_radius(size):
+    w = nn.Parameter(torch.full((100,), 1.0, dtype=torch.float16))
+    optimizer = SAM([w], lr=0.0, radius=0.5)
+    seen = []
+
+    def closure():
+        seen.append(w.detach().double().clone())
+        w.grad = torch.full((100,), size, dtype=torch.float16)
+        return 1.0
+
+    optimizer.step(closure)
+    assert float((seen[1] - seen[0]).norm()) == pytest.approx(0.5, rel=2e-2)
+
+
+def test_what_is_no_saddle_is_refused():
+    flat = torch.ones(3, 3, dtype=torch.float64)  # rounding makes -1e-16 of its zero eigenvalues
+    with pytest.raises(checks.ArgumentError, match="no saddle"):
+        saddle_attraction_radius(flat, 0.1)
+    for wrong in (torch.ones(2, 3), torch.tensor([[1.0, 2.0], [0.0, -1.0]])):
+        with pytest.raises(checks.ArgumentError, match="not symmetric"):
+            saddle_attraction_radius(wrong, 0.1)
+    with pytest.raises(checks.ArgumentError, match="diffusion answered shape"):
+        simulate_sde(lambda x: x, lambda x: x, torch.ones(2, 2), 0.1, 1)

@@ -9,7 +9,12 @@ from hypothesis import strategies as st
 from torch import nn
 
 from _common import Example
-from _workers import one_byte_join_and_drop, one_byte_mismatch, one_byte_problem, one_byte_run
+from _workers import (
+    one_byte_join_and_drop,
+    one_byte_nan_and_batches,
+    one_byte_problem,
+    one_byte_run,
+)
 from perturbkit.core import checks, seeded_direction
 from perturbkit.core.random import mixed_seed
 from perturbkit.core.workers import run_workers
@@ -50,7 +55,8 @@ EXAMPLE = Example(
         ),
         (lambda: simulate_one_byte([], [nn.Parameter(torch.ones(1))], 3), "loss_fns"),
         (lambda: simulate_one_byte([abs], [nn.Parameter(torch.ones(1))], 3, worker_id=1), "worker_id is given"),
-        (lambda: OneByteSPSA([nn.Parameter(torch.ones(1))]).join({"weights": []}, []), "other shapes"),
+        (lambda: OneByteSPSA([nn.Parameter(torch.ones(1))]).join({"weights": [], "round": 0, "exponent": 0}, []), "other shapes"),
+        (lambda: OneByteSPSA([nn.Parameter(torch.ones(1))]).join({"weights": []}, []), "a mapping with weights, round"),
     ),
 )  # fmt: skip
 
@@ -127,11 +133,6 @@ def test_a_worker_joins_from_the_log_and_another_leaves():
     assert first[2] == third[2] != second[2]
 
 
-def test_workers_that_differ_are_told():
-    for said in run_workers(one_byte_mismatch, 2):
-        assert "differ in seed, weights" in said
-
-
 def test_the_scale_follows_gradients_of_any_size():
     for factor in (1e6, 1e-6):
         w, _, loss, _ = bowl(seed=2)
@@ -173,3 +174,51 @@ def test_a_worker_whose_loss_is_not_finite_sends_zero():
         optimizer.step(lambda: w.sum() * math.nan)
     assert (w == 1).all()
     assert optimizer.messages == [{0: (0.0,)}]
+
+
+def test_workers_that_differ_are_told_and_those_with_other_batches_agree_also_without_a_number():
+    first, second = run_workers(one_byte_nan_and_batches, 2)
+    assert first == second
+    said, _, sent = first
+    assert "differ in seed, weights;" in said[0]
+    assert "differ in lr;" in said[1]
+    assert [code == 0 for code in sent] == [False, True, False, True]
+
+
+def test_a_late_worker_follows_a_schedule():
+    def trained(p):
+        optimizer = OneByteSPSA([p], lr=0.1, seed=2)
+        return optimizer, torch.optim.lr_scheduler.ExponentialLR(optimizer, 0.8)
+
+    (w, _, loss, _), (v, _, _, _) = bowl(), bowl(seed=1)
+    (one, schedule), (late, late_schedule) = trained(w), trained(v)
+    for t in range(9):
+        if t == 3:
+            checkpoint, place = one.checkpoint(), schedule.state_dict()
+            late.param_groups[0]["lr"] = one.param_groups[0]["lr"]
+        one.step(loss)
+        schedule.step()
+    late_schedule.load_state_dict(place)
+    late.join(checkpoint, one.messages, late_schedule.step)
+    assert torch.equal(w, v)
+    assert late.param_groups[0]["lr"] == one.param_groups[0]["lr"]
+
+
+def test_gradients_beyond_the_range_of_the_scale_are_cut():
+    w = nn.Parameter(torch.ones(3, dtype=torch.float64))
+    optimizer = OneByteSPSA([w], lr=0.0)
+    optimizer.state["exponent"] = -64
+    optimizer.step(lambda: w.sum() * 1e304)
+    ((code,),) = optimizer.messages[0].values()
+    assert int(code) & 127 == 127
+
+
+def test_the_scale_falls_no_lower_than_its_bound_and_comes_back():
+    w = nn.Parameter(torch.ones(3, dtype=torch.float64))
+    optimizer = OneByteSPSA([w], lr=0.0)
+    for _ in range(30):
+        optimizer.step(lambda: 0.0 * w.sum())
+    assert optimizer.state["exponent"] == -64
+    for _ in range(30):
+        optimizer.step(lambda: w.sum())
+    assert 32 <= int(optimizer.messages[-1][0][0]) & 127 < 127

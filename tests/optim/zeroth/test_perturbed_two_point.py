@@ -152,3 +152,19 @@ def test_a_loss_that_is_not_finite_is_told_before_the_weights_move():
     with pytest.raises(checks.ModelError, match="the losses at the two points are nan"):
         ZeroOrderSGD([w]).step(lambda: w.sum() * math.nan)
     assert (w == 1).all()
+
+
+def test_values_that_are_not_numbers_have_not_reached_the_target():
+    found = minimize_perturbed_two_point(
+        lambda x: x.sum(1) * math.nan, torch.ones(2), step=0.1, target=0.0, max_iter=4, generator=0
+    )
+    assert not found.converged
+    assert len(found.history) == 4
+    assert not is_second_order(lambda x: x.sum() * math.nan, torch.ones(2), 0.1, 1.0, generator=0)
+
+
+def test_second_order_is_asked_also_where_gradients_are_off_and_of_one_value_only():
+    with torch.no_grad():
+        assert is_second_order(lambda x: x.square().sum(), torch.zeros(2), 0.1, 1.0, generator=0)
+    with pytest.raises(checks.ArgumentError, match="fun answered shape"):
+        is_second_order(lambda x: x, torch.zeros(2), 0.1, 1.0)

@@ -45,6 +45,7 @@ EXAMPLE = Example(
         (lambda: MeZO([P(torch.ones(1))], radius=0.0), "radius is 0"),
         (lambda: MeZO([P(torch.ones(1))], weight_decay=-1.0), "weight_decay is -1"),
         (lambda: MeZO([P(torch.ones(1))], seed=-1), "seed is -1"),
+        (lambda: MeZO([{"params": [P(torch.ones(1))], "weight_decay": -1.0}]), "weight_decay is -1"),
     ),
 )
 
@@ -70,6 +71,7 @@ def test_without_annealing_and_normalising_it_is_plain_descent_bit_for_bit():
 def test_the_weights_follow_their_schedules():
     optimizer = ZOAdaMU([P(torch.ones(1))], total_steps=1000, warmup=(0.1, 0.5))
     assert optimizer.weights_of(100) == (1.0, 1.0, 1.0)
+    assert ZOAdaMU([P(torch.ones(1))], total_steps=10, warmup=NEVER).weights_of(25) == (1.0, 1.0, 1.0)
     a, b1, b2 = optimizer.weights_of(150)
     assert a == pytest.approx(0.5 * (1 + math.cos(math.pi * 0.05)))
     assert b1 == pytest.approx(0.5)

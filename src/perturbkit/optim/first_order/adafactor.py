@@ -14,11 +14,12 @@ import torch
 from torch import Tensor
 
 from perturbkit.core import checks
+from perturbkit.core.optimizers import BaseOptimizer, dense_gradients, evaluated
 
 __all__ = ["Adafactor", "state_bytes"]
 
 
-class Adafactor(torch.optim.Optimizer):
+class Adafactor(BaseOptimizer):
     r"""Adaptive steps with factored second moments.
 
     Parameters
@@ -36,7 +37,7 @@ class Adafactor(torch.optim.Optimizer):
     decay_power : float
         The moments' weight is :math:`1 - t^{p}`, below 0.
     eps : pair of float
-        Added to squared gradients; least root mean square of a parameter that scales its step. Zero or above.
+        Added to squared gradients, above 0; least root mean square of a parameter that scales its step, zero or above.
     beta1 : float, optional
         Weight of a first moment of the clipped updates, in [0, 1); none, and no memory for it, by default.
     scale_parameter : bool
@@ -107,10 +108,7 @@ class Adafactor(torch.optim.Optimizer):
         closure : callable, optional
             Evaluates the loss and its gradients.
         """
-        loss = None
-        if closure is not None:
-            with torch.enable_grad():
-                loss = closure()
+        loss = evaluated(closure)
         for group in self.param_groups:
             for p in group["params"]:
                 if p.grad is not None:
@@ -118,10 +116,7 @@ class Adafactor(torch.optim.Optimizer):
         return loss
 
     def _update(self, group: dict[str, Any], p: Tensor) -> None:
-        assert p.grad is not None
-        g = (p.grad.to_dense() if p.grad.is_sparse else p.grad).to(
-            torch.promote_types(p.dtype, torch.float32)
-        )
+        g = dense_gradients([p])[0].to(torch.promote_types(p.dtype, torch.float32))
         state = self.state[p]
         t = state["step"] = state.get("step", 0) + 1
         update = g * _inverse_root(state, g, 1 - t ** group["decay_power"], group["eps"][0])
@@ -158,7 +153,7 @@ def state_bytes(optimizer: torch.optim.Optimizer) -> int:
 
     Notes
     -----
-    The tensors of more than one number, and numbers of one-element parameters but for ``step``.
+    The bytes of all tensors but those named ``step``.
 
     References
     ----------
@@ -218,11 +213,11 @@ def _checked(group: dict[str, Any]) -> None:
         )
     if group["clip_threshold"] != math.inf:
         checks.positive("clip_threshold", group["clip_threshold"])
-    checks.between("decay_power", group["decay_power"], -math.inf, 0)
-    if isinstance(group["eps"], (int, float)) or len(group["eps"]) != 2:
+    checks.between("decay_power", group["decay_power"], -math.inf, 0, inclusive="neither")
+    if isinstance(group["eps"], str) or not isinstance(group["eps"], Sequence) or len(group["eps"]) != 2:
         raise checks.ArgumentTypeError(f"eps is {group['eps']!r}; allowed: two numbers. Pass (1e-30, 1e-3).")
-    for value in group["eps"]:
-        checks.nonnegative("eps", value)
+    checks.positive("eps", group["eps"][0])
+    checks.nonnegative("eps", group["eps"][1])
     if group["beta1"] is not None:
         checks.between("beta1", group["beta1"], 0, 1, inclusive="low")
     checks.nonnegative("weight_decay", group["weight_decay"])

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from perturbkit.core import Result, checks
+from perturbkit.core.optimizers import BaseOptimizer, dense_gradients, evaluated, global_norm
 from perturbkit.core.random import Seed, as_generator, randn
 
 __all__ = [
@@ -46,7 +47,7 @@ class HighProbability(Result):
     last: Tensor
 
 
-class AdaGradNorm(torch.optim.Optimizer):
+class AdaGradNorm(BaseOptimizer):
     r"""Stochastic gradient descent whose rate falls with the gradients that were seen.
 
     Parameters
@@ -108,27 +109,28 @@ class AdaGradNorm(torch.optim.Optimizer):
         closure : callable, optional
             Evaluates the loss and its gradients.
         """
-        loss = None
-        if closure is not None:
-            with torch.enable_grad():
-                loss = closure()
+        loss = evaluated(closure)
         for group in self.param_groups:
             weights = [p for p in group["params"] if p.grad is not None]
             for own in [[p] for p in weights] if self._per_parameter else [weights]:
                 if not own:
                     continue
-                # The sum lies with the first parameter, so that it is saved and moved with it.
-                state = self.state[own[0]]
-                device = own[0].device
-                total = state.setdefault(
-                    "total", torch.full((), group["initial"] ** 2, dtype=torch.float64, device=device)
+                # The sum lies with the first parameter, with or without a gradient, so that it is saved and moved with it.
+                keeper = own[0] if self._per_parameter else group["params"][0]
+                total = self.state[keeper].setdefault(
+                    "total", torch.full((), group["initial"] ** 2, dtype=torch.float64, device=keeper.device)
                 )
-                grads = [p.grad.to_dense() if p.grad.is_sparse else p.grad for p in own]  # type: ignore[union-attr]
-                total += torch.stack([g.double().square().sum().to(device) for g in grads]).sum()
+                grads = dense_gradients(own)
+                total += global_norm([g.double() for g in grads]).square().to(total.device)
                 rate = group["lr"] / total.sqrt()
                 for p, g in zip(own, grads, strict=True):
-                    p.sub_(g * rate.to(p))
+                    wide = torch.promote_types(p.dtype, torch.float32)
+                    p.sub_(g.to(wide) * rate.to(device=p.device, dtype=wide))
         return loss
+
+    def state_dtype(self, name: str, saved: torch.dtype, p: Tensor) -> torch.dtype:
+        """Return the precision of the sum, whatever that of the weights."""
+        return saved
 
 
 def adagrad_norm_bound(
@@ -321,6 +323,11 @@ def high_probability_experiment(
     quantiles = []
     for t in range(steps):
         true = gradient(x)
+        if not isinstance(true, Tensor) or true.shape != x.shape:
+            shown = f"shape {tuple(true.shape)}" if isinstance(true, Tensor) else f"a {type(true).__name__}"
+            raise checks.ArgumentError(
+                f"gradient answered {shown}; allowed: a tensor of shape {tuple(x.shape)}. Return one row a run."
+            )
         seen = seen + true.square().sum(1)
         quantiles.append(torch.quantile(seen / (t + 1), at))
         noisy = affine_noise(true, sigma0, sigma1, generator=g)

@@ -13,7 +13,15 @@ import torch
 from torch import Tensor
 
 from perturbkit.core import checks
-from perturbkit.core.optimizers import Closure
+from perturbkit.core.optimizers import (
+    BaseOptimizer,
+    Closure,
+    Replay,
+    dense_gradients,
+    evaluated,
+    global_norm,
+    loss_value,
+)
 
 __all__ = ["MedianSGD", "SampleMedianSGD", "geometric_median"]
 
@@ -21,7 +29,7 @@ Norm = Literal["l2", "l1", "huber", "squared"]
 _NORMS = ("l2", "l1", "huber", "squared")
 
 
-class MedianSGD(torch.optim.Optimizer):
+class MedianSGD(BaseOptimizer):
     r"""Descent along a median of the gradients across iterations.
 
     Parameters
@@ -105,10 +113,7 @@ class MedianSGD(torch.optim.Optimizer):
         closure : callable, optional
             Evaluates the loss and its gradients.
         """
-        loss = None
-        if closure is not None:
-            with torch.enable_grad():
-                loss = closure()
+        loss = evaluated(closure)
         for group in self.param_groups:
             weights = [p for p in group["params"] if p.grad is not None]
             for own in [[p] for p in weights] if self._per_tensor else [weights]:
@@ -118,26 +123,27 @@ class MedianSGD(torch.optim.Optimizer):
 
     def _move(self, group: dict[str, Any], weights: list[Tensor]) -> None:
         """Move the medians of parameters that share a distance, and the parameters along them."""
-        grads = [p.grad.to_dense() if p.grad.is_sparse else p.grad for p in weights]  # type: ignore[union-attr]
+        # Moves of the median are small against it, and would be lost in half precision.
+        zeros = [torch.zeros_like(p, dtype=torch.promote_types(p.dtype, torch.float32)) for p in weights]
         medians = [
-            torch.zeros_like(p) if self._reset else self.state[p].setdefault("median", torch.zeros_like(p))
-            for p in weights
+            zero if self._reset else self.state[p].setdefault("median", zero)
+            for p, zero in zip(weights, zeros, strict=True)
         ]
-        residuals: list[Tensor] = [g - m for g, m in zip(grads, medians, strict=True)]  # type: ignore[operator]
-        size = torch.stack([r.norm().to(weights[0].device) for r in residuals]).norm()
+        residuals = [g.to(m.dtype) - m for g, m in zip(dense_gradients(weights), medians, strict=True)]
+        size = global_norm(residuals)
         tau = torch.as_tensor(group["tau"], dtype=size.dtype, device=size.device)
         if self._relative:
-            state = self.state[weights[0]]
-            middle = state.setdefault("middle", size.clone())
-            # A running median in the logarithm: up or down by a tenth, as often as not.
-            middle.mul_(torch.where(size > middle, 1.1, 1 / 1.1))
+            state = self.state[weights[0] if self._per_tensor else group["params"][0]]
+            middle = state.setdefault("middle", torch.zeros_like(size))
+            # A running median in the logarithm: up or down by a tenth, as often as not; it begins at a residual that is not zero.
+            middle.copy_(torch.where(middle > 0, middle * torch.where(size > middle, 1.1, 1 / 1.1), size))
             tau = tau * middle
         for p, m, r in zip(weights, medians, residuals, strict=True):
             m.add_(_moved(r, size.to(r), tau.to(r), self._norm, self._huber))
             p.sub_(m, alpha=group["lr"])
 
 
-class SampleMedianSGD(torch.optim.Optimizer):
+class SampleMedianSGD(BaseOptimizer):
     """Descent along the geometric median of the gradients of several chunks of a batch.
 
     Parameters
@@ -198,11 +204,16 @@ class SampleMedianSGD(torch.optim.Optimizer):
             )
         weights = [p for group in self.param_groups for p in group["params"] if p.requires_grad]
         losses, rows = [], []
-        for closure in closures:
+        for closure in (Replay(each, weights) for each in closures):
             with torch.enable_grad():
                 loss = closure()
+                losses.append(loss_value(loss))
+                if not isinstance(loss, Tensor) or loss.grad_fn is None:
+                    raise checks.ModelError(
+                        f"a closure's loss is a {type(loss).__name__} without a graph; allowed: a loss that can be differentiated. "
+                        "Return the loss itself, without backward."
+                    )
                 grads = torch.autograd.grad(loss, weights, allow_unused=True, materialize_grads=True)
-            losses.append(float(loss.detach()))
             rows.append(torch.cat([g.reshape(-1) for g in grads]))
         median = geometric_median(torch.stack(rows))
         parts = iter(median.split([p.numel() for p in weights]))
@@ -220,7 +231,7 @@ def geometric_median(points: Tensor, tol: float = 1e-8, max_iter: int = 100) -> 
     Parameters
     ----------
     points : Tensor, shape (k, d)
-        At least one.
+        At least one; those that are not finite are left out.
     tol : float
         Relative length of the last move, zero or above.
     max_iter : int
@@ -254,13 +265,18 @@ def geometric_median(points: Tensor, tol: float = 1e-8, max_iter: int = 100) -> 
     checks.tensor("points", points, ndim=2, finite=False)
     checks.nonnegative("tol", tol)
     checks.integer("max_iter", max_iter, low=1)
+    own = points.dtype
+    # Squares of what is far away leave the range of single precision.
+    points = points[torch.isfinite(points).all(1)].double()
     if len(points) == 0:
-        raise checks.ArgumentError("points has no rows; allowed: at least one. Add points.")
+        raise checks.ArgumentError(
+            "points has no finite row; allowed: at least one. Look at how they were made."
+        )
     m = points.median(0).values
     for _ in range(max_iter):
         distance = (points - m).norm(dim=1)
-        # What is nearer than rounding is on the point.
-        on = distance <= torch.finfo(m.dtype).eps * points.abs().amax()
+        # What is nearer than rounding is on the point; rounding of that point, not of one that is far away.
+        on = torch.isfinite(distance) & (distance <= torch.finfo(own).eps * points.norm(dim=1))
         weight = torch.where(on, 0.0, 1 / distance)
         if not bool(weight.sum() > 0):
             break
@@ -273,7 +289,7 @@ def geometric_median(points: Tensor, tol: float = 1e-8, max_iter: int = 100) -> 
         m = target
         if moved <= tol * float(m.norm()) + 1e-300:
             break
-    return m
+    return m.to(own)
 
 
 def _moved(r: Tensor, size: Tensor, tau: Tensor, norm: str, huber: float) -> Tensor:

@@ -12,12 +12,19 @@ import torch
 from torch import Tensor, nn
 
 from perturbkit.core import checks
-from perturbkit.core.optimizers import Closure, Replay, loss_value
+from perturbkit.core.optimizers import (
+    BaseOptimizer,
+    Closure,
+    Replay,
+    dense_gradients,
+    global_norm,
+    loss_value,
+)
 
 __all__ = ["SMB", "model_building_step"]
 
 
-class SMB(torch.optim.Optimizer):
+class SMB(BaseOptimizer):
     r"""Gradient descent that tries each step on its batch, and rebuilds those that do not descend.
 
     Parameters
@@ -116,8 +123,9 @@ class SMB(torch.optim.Optimizer):
         again = Replay(closure, weights, self._model)
         loss = again()
         members = [(group, p) for group in self.param_groups for p in group["params"] if p.grad is not None]
-        before = [p.detach().clone() for _, p in members]
-        g = _gradients(members)
+        moved = [p for _, p in members]
+        before = [p.detach().clone() for p in moved]
+        g = dense_gradients(moved)
         s = [-group["lr"] * v for (group, _), v in zip(members, g, strict=True)]
         try:
             with torch.no_grad():
@@ -125,20 +133,20 @@ class SMB(torch.optim.Optimizer):
                     p.add_(shift)
             trial = loss_value(again())
             promised = sum(
-                group["lr"] * float(v.square().sum()) for (group, _), v in zip(members, g, strict=True)
+                group["lr"] * float(global_norm([v])) ** 2 for (group, _), v in zip(members, g, strict=True)
             )
             kept = trial <= loss_value(loss) - self._share * promised
             if not kept:
                 if closure2 is None:
-                    y = [b - a for a, b in zip(g, _gradients(members), strict=True)]
+                    y = [b - a for a, b in zip(g, dense_gradients(moved), strict=True)]
                 else:
-                    y = self._other(members, before, s, Replay(closure2, weights, self._model))
+                    y = self._other(moved, before, Replay(closure2, weights, self._model))
         except BaseException:
-            _put(members, before)
+            _put(moved, before)
             raise
         if not kept:
             self.models_built += 1
-            _put(members, before)
+            _put(moved, before)
             with torch.no_grad():
                 for (_, p), shift in zip(members, self._rebuilt(g, y, s), strict=True):
                     p.add_(shift)
@@ -147,19 +155,19 @@ class SMB(torch.optim.Optimizer):
                 group["lr"] *= 1.05 if kept else 0.9
         return loss
 
-    def _other(self, members: Any, before: list[Tensor], s: list[Tensor], again: Replay) -> list[Tensor]:
+    def _other(self, moved: list[Tensor], before: list[Tensor], again: Replay) -> list[Tensor]:
         """Return the difference of the gradients of an independent batch at the trial and at x."""
         again()
-        there = _gradients(members)
-        _put(members, before)
+        there = dense_gradients(moved)
+        _put(moved, before)
         again()
-        return [a - b for a, b in zip(there, _gradients(members), strict=True)]
+        return [a - b for a, b in zip(there, dense_gradients(moved), strict=True)]
 
     def _rebuilt(self, g: list[Tensor], y: list[Tensor], s: list[Tensor]) -> list[Tensor]:
         if self._groups == "tensor":
-            return [model_building_step(*parts, self._eta) for parts in zip(g, y, s, strict=True)]
+            return [_model_step(*parts, self._eta) for parts in zip(g, y, s, strict=True)]
         flat = [torch.cat([v.reshape(-1) for v in parts]) for parts in (g, y, s)]
-        step = model_building_step(flat[0], flat[1], flat[2], self._eta)
+        step = _model_step(flat[0], flat[1], flat[2], self._eta)
         return [v.view(p.shape) for v, p in zip(step.split([p.numel() for p in g]), g, strict=True)]
 
 
@@ -180,7 +188,7 @@ def model_building_step(g: Tensor, y: Tensor, s: Tensor, eta: float) -> Tensor:
     Returns
     -------
     Tensor
-        Of length ``eta |s|`` at most; zero where g or s is.
+        Of length ``eta |s|`` at most; zero where g or s is, or where y is not finite.
 
     Raises
     ------
@@ -205,7 +213,13 @@ def model_building_step(g: Tensor, y: Tensor, s: Tensor, eta: float) -> Tensor:
     for name, value in (("g", g), ("y", y), ("s", s)):
         checks.tensor(name, value, finite=False)
         checks.same_shape(name, value, "g", g)
-    checks.between("eta", eta, 0, 1, inclusive="neither")
+    return _model_step(g, y, s, checks.between("eta", eta, 0, 1, inclusive="neither"))
+
+
+def _model_step(g: Tensor, y: Tensor, s: Tensor, eta: float) -> Tensor:
+    own = g.dtype
+    # Products of four lengths leave the range of half precision.
+    g, y, s = (v.to(torch.promote_types(own, torch.float32)) for v in (g, y, s))
     gs, ys, yg = (s * g).sum(), (y * s).sum(), (y * g).sum()
     long, bent, steep = s.norm(), y.norm(), g.norm() / eta
     twice = long * (bent + steep) - ys
@@ -216,15 +230,11 @@ def model_building_step(g: Tensor, y: Tensor, s: Tensor, eta: float) -> Tensor:
     along_y = along_g / theta * (square * yg - d * gs)
     along_s = along_g / theta * (bent.square() * gs - d * yg)
     step = along_g * g + along_y * y + along_s * s
-    return torch.where((theta > 0) & (twice > 0), step, torch.zeros_like(step))
+    sound = (theta > 0) & (twice > 0) & torch.isfinite(bent) & torch.isfinite(step).all()
+    return torch.where(sound, step, torch.zeros_like(step)).to(own)
 
 
-def _gradients(members: Any) -> list[Tensor]:
-    grads = [p.grad for _, p in members]
-    return [(v.to_dense() if v.is_sparse else v).detach().clone() for v in grads]
-
-
-def _put(members: Any, before: list[Tensor]) -> None:
+def _put(weights: list[Tensor], before: list[Tensor]) -> None:
     with torch.no_grad():
-        for (_, p), value in zip(members, before, strict=True):
+        for p, value in zip(weights, before, strict=True):
             p.copy_(value)

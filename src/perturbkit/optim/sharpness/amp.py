@@ -14,8 +14,15 @@ import torch
 from torch import Tensor, nn
 
 from perturbkit.core import checks
-from perturbkit.core.optimizers import Closure, Replay, WrappingOptimizer, displaced, loss_value
-from perturbkit.optim.sharpness._parts import dense_gradients, global_norm
+from perturbkit.core.optimizers import (
+    Closure,
+    Replay,
+    WrappingOptimizer,
+    dense_gradients,
+    displaced,
+    global_norm,
+    loss_value,
+)
 
 __all__ = ["AMP", "amp_loss"]
 
@@ -176,6 +183,11 @@ def amp_loss(
         with displaced(weights, shifts):
             loss = again()
             found.append(loss_value(loss))
+            if not isinstance(loss, Tensor) or loss.grad_fn is None:
+                raise checks.ModelError(
+                    f"the loss is a {type(loss).__name__} without a graph; allowed: a loss that can be differentiated. Return it "
+                    "without backward."
+                )
             if i < inner_steps:
                 grads = torch.autograd.grad(loss, weights, allow_unused=True, materialize_grads=True)
                 n = len(weights)
@@ -194,6 +206,10 @@ def _ascended(
     moved = [s.add(g, alpha=rate) for s, g, rate in zip(shifts, grads, rates, strict=True)]
     whole = None if per_tensor else global_norm(moved)
     return [
-        s * (radius / (s.norm() if whole is None else whole.to(s.device))).clamp(max=1).nan_to_num(1.0)
+        s
+        * (radius / (global_norm([s]) if whole is None else whole).to(s.device))
+        .clamp(max=1)
+        .nan_to_num(1.0)
+        .to(s)
         for s, radius in zip(moved, radii, strict=True)
     ]

@@ -13,8 +13,14 @@ import torch
 from torch import Tensor, nn
 
 from perturbkit.core import checks
-from perturbkit.core.optimizers import Closure, Replay, WrappingOptimizer, displaced, loss_value
-from perturbkit.optim.sharpness._parts import dense_gradients
+from perturbkit.core.optimizers import (
+    Closure,
+    Replay,
+    WrappingOptimizer,
+    dense_gradients,
+    displaced,
+    loss_value,
+)
 
 __all__ = ["DiagonalLinearNet", "Flooding", "GradientRegularizer", "implicit_norm", "richness"]
 
@@ -138,22 +144,28 @@ class GradientRegularizer(WrappingOptimizer):
         loss_value(loss)
         trained = [(group, p) for group in self.param_groups for p in group["params"] if p.requires_grad]
         weights = [p for _, p in trained]
-        if not isinstance(loss, Tensor) or loss.grad_fn is None:
+        called = any(p.grad is not None for _, p in trained)
+        if not isinstance(loss, Tensor) or loss.grad_fn is None or called:
             raise checks.ModelError(
-                "the closure's loss has no graph; allowed: a loss that can be differentiated twice. Do not call backward in it."
+                f"the closure {'called backward' if called else 'returned a loss without a graph'}; allowed: a loss that can be "
+                "differentiated twice. Do not call backward in it."
             )
-        grads = torch.autograd.grad(
-            loss, weights, create_graph=True, allow_unused=True, materialize_grads=True
-        )
-        halves = [
-            g.square().sum() * (group["coefficient"] / 2)
-            for g, (group, _) in zip(grads, trained, strict=True)
-        ]
-        products = torch.autograd.grad(
-            torch.stack(halves).sum(), weights, allow_unused=True, materialize_grads=True
+        with torch.enable_grad():
+            grads = torch.autograd.grad(loss, weights, create_graph=True, allow_unused=True)
+            penalty = sum(
+                g.square().sum() * (group["coefficient"] / 2)
+                for g, (group, _) in zip(grads, trained, strict=True)
+                if g is not None
+            )
+        # A loss that is linear in all weights has gradients without a graph.
+        curved = isinstance(penalty, Tensor) and penalty.requires_grad
+        products = (
+            torch.autograd.grad(penalty, weights, allow_unused=True) if curved else [None] * len(weights)
         )
         for p, g, extra in zip(weights, grads, products, strict=True):
-            p.grad = g.detach() + extra
+            # What the loss does not use has no gradient, and the optimizer inside leaves it alone.
+            if g is not None:
+                p.grad = g.detach() if extra is None else g.detach() + extra
         return loss.detach()
 
 
@@ -331,7 +343,7 @@ def richness(beta: Tensor, alpha: float | Tensor) -> Tensor:
     Raises
     ------
     ArgumentError
-        If the scale is not above 0.
+        If the scale is not above 0, or all coefficients are zero.
 
     Notes
     -----
@@ -349,6 +361,10 @@ def richness(beta: Tensor, alpha: float | Tensor) -> Tensor:
     """
     checks.tensor("beta", beta)
     square = _positive(alpha, beta).square()
+    if bool((beta == 0).all(-1).any()):
+        raise checks.ArgumentError(
+            "beta is zero; allowed: at least one coefficient that is not. Take it after the first steps."
+        )
     # The derivative of alpha^2 q(beta / alpha^2) is arcsinh(beta / (2 alpha^2)).
     growth = (beta * torch.asinh(beta / (2 * square))).sum(-1)
     return 2 - growth / implicit_norm(beta, alpha)

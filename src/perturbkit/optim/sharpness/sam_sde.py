@@ -16,9 +16,8 @@ import torch
 from torch import Tensor, nn
 
 from perturbkit.core import Result, checks
-from perturbkit.core.optimizers import Closure, WrappingOptimizer, displaced
+from perturbkit.core.optimizers import Closure, WrappingOptimizer, dense_gradients, displaced, global_norm
 from perturbkit.core.random import Seed, as_generator, randn
-from perturbkit.optim.sharpness._parts import dense_gradients, global_norm
 
 __all__ = [
     "SAM",
@@ -61,11 +60,12 @@ class SAM(WrappingOptimizer):
     base_optimizer : callable
         Class of the optimizer that steps.
     radius : float
-        Length :math:`\rho` of the ascent, zero or above; of the gradient's units for ``"usam"``.
+        Length :math:`\rho` of the ascent, in units of the weights, zero or above; its factor of the gradient for ``"usam"``.
     variant : {"sam", "usam", "dnsam"}
         Ascent along the batch's gradient over its norm; along the gradient itself; over the norm of the full gradient.
     model : nn.Module, optional
-        Where given, the running statistics of its batch normalisations are moved by the first pass only.
+        Where given, the running statistics of its batch normalisations are moved by the first pass only (and by that of
+        ``full_batch``).
     **base_options
         Of the optimizer inside, such as ``lr``.
 
@@ -142,8 +142,9 @@ class SAM(WrappingOptimizer):
             norm = self._norm() if norm is None else norm
             scale = torch.ones_like(norm) if self._variant == "usam" else 1 / norm
             scale = torch.where(norm > 0, scale, torch.zeros_like(scale))
+            # Multiplied in the scale's precision: the scale of a small gradient can be beyond half precision.
             shifts = [
-                g * (group["radius"] * scale.to(g))
+                (g.to(scale.dtype) * (group["radius"] * scale.to(g.device))).to(g.dtype)
                 for (group, _), g in zip(members, dense_gradients(weights), strict=True)
             ]
             with displaced(weights, shifts):
@@ -152,7 +153,8 @@ class SAM(WrappingOptimizer):
         return loss
 
     def _norm(self) -> Tensor:
-        return global_norm(dense_gradients([p for _, p in self.trained()]))
+        grads = dense_gradients([p for _, p in self.trained()])
+        return global_norm(grads) if grads else torch.zeros(())
 
 
 def sam_sde(
@@ -338,6 +340,10 @@ def simulate_sde(
     g = as_generator(generator)
     for _ in range(checks.integer("steps", steps, low=0)):
         factor = diffusion(x)
+        if factor.ndim != 3 or factor.shape[:2] != x.shape:
+            raise checks.ArgumentError(
+                f"diffusion answered shape {tuple(factor.shape)}; allowed: {(*x.shape, 'any')}. Return one matrix a path."
+            )
         noise = randn((len(x), factor.shape[2]), generator=g, like=x)
         x = x + drift(x) * dt + math.sqrt(dt) * (factor @ noise[:, :, None])[:, :, 0]
     return x
@@ -378,12 +384,18 @@ def saddle_attraction_radius(hessian: Tensor, radius: float) -> float:
     """
     checks.tensor("hessian", hessian, ndim=2)
     checks.nonnegative("radius", radius)
+    if hessian.shape[0] != hessian.shape[1] or not torch.allclose(hessian, hessian.mT, rtol=1e-3, atol=1e-6):
+        raise checks.ArgumentError(
+            f"hessian has shape {tuple(hessian.shape)} and is not symmetric; allowed: a symmetric matrix. Take (H + H.T) / 2."
+        )
     values = torch.linalg.eigvalsh(hessian.double())
-    if not bool((values < 0).any()):
+    # What rounding makes of a zero is not negative.
+    noise = len(values) * torch.finfo(hessian.dtype).eps * values.abs().max()
+    if not bool((values < -noise).any()):
         raise checks.ArgumentError(
             f"hessian has the least eigenvalue {float(values[0]):g}; allowed: one below 0. This point is no saddle."
         )
-    return radius * float(-values[values < 0].max())
+    return radius * float(-values[values < -noise].max())
 
 
 def weak_error(discrete: Tensor, sde: Tensor, test_function: Field) -> WeakError:

@@ -6,11 +6,10 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from perturbkit.core import checks
-from perturbkit.core.optimizers import Closure, Replay, loss_value
+from perturbkit.core.optimizers import BaseOptimizer, Closure, Replay, loss_value
 from perturbkit.core.parameters import Restorer
 
 __all__ = ["SeededOptimizer", "slope", "two_sided"]
@@ -34,16 +33,18 @@ def slope(plus: float, minus: float, radius: float) -> float:
     return c
 
 
-class SeededOptimizer(torch.optim.Optimizer):
+class SeededOptimizer(BaseOptimizer):
     """An optimizer whose directions are regenerated from seeds, over all parameters of all groups together."""
 
     def __init__(self, params: Any, defaults: Mapping[str, Any], model: Any = None) -> None:
         self._model = model
-        super().__init__(params, dict(defaults))
+        super().__init__(params, defaults)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """Add a group of parameters, with its own rate if it has one."""
-        checks.nonnegative("lr", {**self.defaults, **param_group}["lr"])
+        """Add a group of parameters, with its own options if it has some."""
+        for name, value in {**self.defaults, **param_group}.items():
+            if name in self.defaults:
+                checks.nonnegative(name, value)
         super().add_param_group(param_group)
 
     @property

@@ -143,8 +143,9 @@ class OneByteSPSA(SeededOptimizer):
     one_byte : bool
         Send bytes; otherwise the projected gradients in double precision.
     group : torch.distributed.ProcessGroup, optional
-        The workers; the default group if ``torch.distributed`` is initialised, and this process alone if not. Assign
-        another to ``optimizer.group`` when workers join or leave.
+        The workers, of a backend that takes tensors in the processor's memory (gloo); the default group if
+        ``torch.distributed`` is initialised, and this process alone if not. Assign another to ``optimizer.group`` when
+        workers join or leave.
     worker_id : int, optional
         Zero or above, unique among the workers; the rank unless given.
     seed : int
@@ -165,7 +166,7 @@ class OneByteSPSA(SeededOptimizer):
     ArgumentError
         If an option is outside its range.
     ModelError
-        In :meth:`step`, on every worker, if the workers do not share seed, options, round or weights.
+        In the first :meth:`step` of a group, on every worker, if they do not share seed, options, rates, round or weights.
 
     Notes
     -----
@@ -175,6 +176,9 @@ class OneByteSPSA(SeededOptimizer):
     after an evaluation are bit for bit those before it. Workers must be machines of one kind, since another processor or
     library may draw or round differently. Messages are scaled by a power of two that follows from earlier messages.
     A worker whose loss is not finite sends zero.
+
+    Learning rates are not sent: schedulers must do the same on all workers in every round. Compare :meth:`digest` now and
+    then.
 
     Cost: two evaluations a direction and one byte; one draw of d numbers a message of any worker.
 
@@ -252,7 +256,9 @@ class OneByteSPSA(SeededOptimizer):
         weights = [p.detach().clone() for p in self.weights]
         return {"weights": weights, "round": self._round(), "exponent": self._exponent()}
 
-    def join(self, checkpoint: Mapping[str, Any], messages: Sequence[Messages]) -> None:
+    def join(
+        self, checkpoint: Mapping[str, Any], messages: Sequence[Messages], after_round: Closure | None = None
+    ) -> None:
         """Come up to date from a checkpoint and the messages sent since; assign ``group`` afterwards.
 
         Parameters
@@ -260,8 +266,15 @@ class OneByteSPSA(SeededOptimizer):
         checkpoint : mapping
             What :meth:`checkpoint` returned on any worker.
         messages : sequence of dict
-            That worker's ``messages``. Rates that a scheduler changed meanwhile must be the same here in every round.
+            That worker's ``messages``.
+        after_round : callable, optional
+            Called after each of the rounds, as the other workers did: the ``step`` of a scheduler in the state that theirs
+            had at the checkpoint.
         """
+        if not isinstance(checkpoint, Mapping) or not {"weights", "round", "exponent"} <= set(checkpoint):
+            raise checks.ArgumentTypeError(
+                f"checkpoint is a {type(checkpoint).__name__}; allowed: a mapping with weights, round, exponent. Pass that of checkpoint()."
+            )
         given = checkpoint["weights"]
         if [p.shape for p in given] != [p.shape for p in self.weights]:
             raise checks.ArgumentError(
@@ -272,8 +285,11 @@ class OneByteSPSA(SeededOptimizer):
                 p.copy_(value)
             self.state["round"], self.state["exponent"] = checkpoint["round"], checkpoint["exponent"]  # type: ignore[index]
             self.messages = []
+            self._opt_called = True  # What a scheduler asks for before its own step.
             for round_ in messages:
                 self._apply(dict(round_))
+                if after_round is not None:
+                    after_round()
 
     def _round(self) -> int:
         return int(self.state.get("round", 0))  # type: ignore[call-overload]
@@ -291,20 +307,20 @@ class OneByteSPSA(SeededOptimizer):
         if not _distributed():
             return None
         if self._workers is None:
-            said = (self._seed, self._samples, self._one_byte, self._round(), self._exponent(), self.digest())
+            said = {
+                "seed": self._seed, "samples_per_round": self._samples, "one_byte": self._one_byte, "lr": self.per_weight("lr"),
+                "round": self._round(), "scale": self._exponent(), "weights": self.digest(),
+            }  # fmt: skip
             heard: list[Any] = [None] * distributed.get_world_size(self._group)
             distributed.all_gather_object(heard, (self._me(), said), group=self._group)
-            if len({worker for worker, _ in heard}) < len(heard) or len({each for _, each in heard}) > 1:
-                names = ("seed", "samples_per_round", "one_byte", "round", "scale", "weights")
-                differ = [
-                    n for n, column in zip(names, zip(*(e for _, e in heard), strict=True), strict=True)
-                    if len(set(column)) > 1
-                ]  # fmt: skip
+            workers = [worker for worker, _ in heard]
+            differ = [name for name in said if any(each[name] != said[name] for _, each in heard)]
+            if differ or len(set(workers)) < len(workers):
                 raise checks.ModelError(
                     f"the workers differ in {', '.join(differ) or 'nothing but share a worker_id'}; allowed: equal options and "
                     "weights, and one worker_id each. Bring a late worker up to date with join."
                 )
-            self._workers = [worker for worker, _ in heard]
+            self._workers = workers
         return self._workers
 
     def _measure(self, closure: Replay, worker: int) -> tuple[float, tuple[float, ...]]:
@@ -317,13 +333,12 @@ class OneByteSPSA(SeededOptimizer):
             losses.append((plus + minus) / 2)
             c = (plus - minus) / (2 * self._radius)
             if not math.isfinite(c):
-                warnings.warn(
-                    f"worker {worker}'s loss is not finite; it sends zero this round",
-                    checks.PerturbkitWarning,
-                    4,
-                )
+                said = f"worker {worker}'s loss is not finite; it sends zero this round"
+                warnings.warn(said, checks.PerturbkitWarning, 4)
                 c = 0.0
-            sent.append(float(encode_gradient(c / scale)) if self._one_byte else c)
+            # Bounded: what is far too large for a byte can leave the range of numbers by the scale.
+            size = min(abs(c) / scale, 1e300)
+            sent.append(float(encode_gradient(math.copysign(size, c))) if self._one_byte else c)
         return sum(losses) / len(losses), tuple(sent)
 
     def _direction(self, worker: int, sample: int) -> int:

@@ -118,7 +118,8 @@ def minimize_perturbed_two_point(
         values = oracle.value(points.reshape(-1, d)).reshape(runs, m, 2)
         history.append(values.mean((1, 2)))
         if target is not None:
-            going = going & (history[-1] > target)[:, None]
+            # Not "above the target": a value that is not a number has not reached it.
+            going = going & ~(history[-1] <= target)[:, None]
             if not bool(going.any()):
                 break
         slope = (values[:, :, 0] - values[:, :, 1]) / (2 * smoothing)
@@ -166,7 +167,7 @@ class ZeroOrderSGD(SeededOptimizer):
     ``w <- w - lr (1 / m sum_i c_i z_i + xi)``. Directions and noise are regenerated from seeds, so that nothing of the
     weights' size is held.
 
-    Cost: ``2 pairs`` evaluations a step and as many draws of d numbers, and one more a pair and for the noise.
+    Cost: ``2 pairs`` evaluations a step; three draws of d numbers for one pair, four a pair for more, and one for the noise.
 
     References
     ----------
@@ -273,8 +274,15 @@ def is_second_order(
     checks.positive("epsilon", epsilon)
     checks.nonnegative("rho", rho)
     leaf = x.detach().requires_grad_(True)
-    (gradient,) = torch.autograd.grad(fun(leaf), leaf)
-    if float(gradient.norm()) > epsilon:
+    with torch.enable_grad():
+        value = fun(leaf)
+    if not isinstance(value, Tensor) or value.shape != ():
+        shown = f"shape {tuple(value.shape)}" if isinstance(value, Tensor) else f"a {type(value).__name__}"
+        raise checks.ArgumentError(
+            f"fun answered {shown}; allowed: a tensor of shape (). Return one value for one point."
+        )
+    (gradient,) = torch.autograd.grad(value, leaf)
+    if not float(gradient.norm()) <= epsilon:
         return False
     start = randn(x.shape, generator=as_generator(generator), like=x)
     alpha, beta, _ = lanczos(hessian(fun, x.detach()), start, min(len(x), 100))

@@ -83,7 +83,6 @@ class MeZO(SeededOptimizer):
     ) -> None:
         self._radius = checks.positive("radius", radius)
         self._seed = checks.integer("seed", seed, low=0)
-        checks.nonnegative("weight_decay", weight_decay)
         super().__init__(params, {"lr": lr, "weight_decay": weight_decay}, model)
 
     @torch.no_grad()
@@ -119,8 +118,7 @@ class ZOAdaMU(SeededOptimizer):
     total_steps : int
         Steps that the schedule is made for, at least 1.
     warmup : pair of float
-        Shares of the steps after which the annealing begins and ends, ``0 <= begin <= end``; a begin of 1 or more never
-        anneals.
+        Shares of the steps after which the annealing begins and ends, ``0 <= begin <= end``; equal ones never anneal.
     weight_decay : float
         Decay of the weights, zero or above.
     normalise : bool
@@ -183,7 +181,6 @@ class ZOAdaMU(SeededOptimizer):
         self._begin, self._end = begin * total_steps, end * total_steps
         self._seed = checks.integer("seed", seed, low=0)
         self._normalise = bool(normalise)
-        checks.nonnegative("weight_decay", weight_decay)
         super().__init__(params, {"lr": lr, "weight_decay": weight_decay}, model)
 
     def weights_of(self, t: int) -> tuple[float, float, float]:

@@ -1,3 +1,16 @@
+from .distributed.decentralized_prox_tracking import DProxSGT as DProxSGT
+from .distributed.decentralized_prox_tracking import DecentralizedRun as DecentralizedRun
+from .distributed.decentralized_prox_tracking import metropolis_mixing as metropolis_mixing
+from .distributed.decentralized_prox_tracking import prox_stationarity as prox_stationarity
+from .distributed.decentralized_prox_tracking import ring_mixing as ring_mixing
+from .distributed.decentralized_prox_tracking import simulate_dproxsgt as simulate_dproxsgt
+from .distributed.ef21_weighted import EF21 as EF21
+from .distributed.ef21_weighted import EF21Run as EF21Run
+from .distributed.ef21_weighted import Smoothness as Smoothness
+from .distributed.ef21_weighted import TopK as TopK
+from .distributed.ef21_weighted import ef21_step_size as ef21_step_size
+from .distributed.ef21_weighted import simulate_ef21 as simulate_ef21
+from .distributed.ef21_weighted import smoothness_constants as smoothness_constants
 from .first_order.adafactor import Adafactor as Adafactor
 from .first_order.adafactor import state_bytes as state_bytes
 from .first_order.adagrad_norm import AdaGradNorm as AdaGradNorm
@@ -37,6 +50,8 @@ from .first_order.stochastic_model_based import weakly_convex_envelope as weakly
 from .first_order.stochastic_model_building import SMB as SMB
 from .first_order.stochastic_model_building import model_building_step as model_building_step
 from .first_order.target_surrogates import SSO as SSO
+from .forward.block_coordinate_training import BCDClassifier as BCDClassifier
+from .forward.block_coordinate_training import relu_prox as relu_prox
 from .forward.collaborative_forward_forward import ForwardForwardClassifier as ForwardForwardClassifier
 from .forward.collaborative_forward_forward import InformationFlow as InformationFlow
 from .forward.collaborative_forward_forward import functional_entropy as functional_entropy

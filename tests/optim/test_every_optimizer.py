@@ -29,6 +29,9 @@ MAKERS = {
     "median_relative": lambda ps: optim.MedianSGD(ps, lr=0.05, relative=True),
     "model_building": lambda ps: optim.SMB(ps, lr=10.0),
     "clipped": lambda ps: optim.ClippedSGD(ps, lr=0.1, clip=[1.0, 0.5]),
+    "upgd": lambda ps: optim.UPGD(ps, lr=0.2),
+    "orthogonal": lambda ps: optim.OrthogonalGradient(ps, torch.optim.Adam, lr=0.01),
+    "psgd": lambda ps: optim.PSGD(ps, lr=0.01, rate=0.5),
 }  # fmt: skip
 FORWARD_ONLY = ("mezo", "zo_adamu", "zero_order_sgd", "one_byte")
 every = pytest.mark.parametrize("name", MAKERS)
@@ -67,7 +70,7 @@ def closure_of(name, net):
     def closure():
         net.zero_grad()
         loss = net()
-        if name not in (*FORWARD_ONLY, "double_backprop"):
+        if name not in (*FORWARD_ONLY, "double_backprop", "psgd"):
             loss.backward()
         return loss
 
@@ -168,14 +171,14 @@ def test_schedulers_and_late_groups(name):
     late = P(torch.ones(2))
     optimizer.add_param_group({"params": [late], "lr": 0.05})
     whole = net.forward
-    net.forward = lambda: whole() + late.square().sum()
+    net.forward = lambda: whole() + (late.square() * torch.tensor([1.0, 2.0])).sum()
     optimizer.zero_grad()
     optimizer.step(closure)
     assert not torch.equal(late, torch.ones(2))
 
 
 @pytest.mark.parametrize(
-    "name", [n for n in MAKERS if n not in (*FORWARD_ONLY, "double_backprop", "amp_whole")]
+    "name", [n for n in MAKERS if n not in (*FORWARD_ONLY, "double_backprop", "amp_whole", "psgd")]
 )
 def test_sparse_gradients_are_like_dense_ones(name):
     ends = []

@@ -189,9 +189,9 @@ def test_steps_are_bounded_and_fits_can_be_rare():
     before = w.detach().clone()
     optimizer.step(lambda: 1e8 * w.square().sum())
     assert (w.detach() - before).square().mean().sqrt().item() == pytest.approx(0.05, rel=1e-4)
-    factors = optimizer.state[w]["factors"][0].clone()
+    factors = optimizer.state[w]["factor0"].clone()
     optimizer.step(lambda: w.square().sum())
-    assert torch.equal(factors, optimizer.state[w]["factors"][0])
+    assert torch.equal(factors, optimizer.state[w]["factor0"])
 
 
 def test_training_goes_on_bit_for_bit_and_schedulers_work():

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from perturbkit.core import Minimum, checks, lanczos
-from perturbkit.core.optimizers import Closure
+from perturbkit.core.optimizers import BaseOptimizer, Closure
 from perturbkit.core.progress import ProgressLike, track
 from perturbkit.core.random import Seed, as_generator, randn
 from perturbkit.core.results import Cost
@@ -154,7 +154,7 @@ def minimize_proxy_prox(
     )
 
 
-class ProxyProx(torch.optim.Optimizer):
+class ProxyProx(BaseOptimizer):
     r"""ProxyProx steps of a model's weights, with gradient descent on the rounds' problems.
 
     Parameters

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from perturbkit.core import checks
-from perturbkit.core.optimizers import loss_value
+from perturbkit.core.optimizers import BaseOptimizer, loss_value
 
 __all__ = ["SSO"]
 
@@ -22,7 +22,7 @@ Schedule = Literal["constant", "sqrt", "inverse"]
 Divergence = Literal["euclidean", "kl"]
 
 
-class SSO(torch.optim.Optimizer):
+class SSO(BaseOptimizer):
     r"""Descend a surrogate of the loss that needs no further gradient in the outputs.
 
     Parameters

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from perturbkit.core import checks
+from perturbkit.core.optimizers import BaseOptimizer
 from perturbkit.core.random import Seed, as_generator, rademacher, randn
 
 __all__ = ["ForwardSGD", "forward_gradient", "forward_gradient_variance"]
@@ -134,7 +135,7 @@ def forward_gradient_variance(
     return (d + (1 if distribution == "normal" else -1)) * square / n
 
 
-class ForwardSGD(torch.optim.Optimizer):
+class ForwardSGD(BaseOptimizer):
     """Stochastic gradient descent by forward gradients.
 
     Parameters

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from perturbkit.core import checks
-from perturbkit.core.optimizers import Closure, loss_value
+from perturbkit.core.optimizers import BaseOptimizer, Closure, loss_value
 from perturbkit.core.random import Seed, as_generator, mixed_seed, randn
 from perturbkit.optim.plasticity._diagonal import gradient_and_diagonal
 
@@ -27,7 +27,7 @@ _SMALLEST = 1e-12
 """Least largest utility that is divided by; early ones may all be negative."""
 
 
-class UPGD(torch.optim.Optimizer):
+class UPGD(BaseOptimizer):
     r"""Utility-based perturbed gradient descent.
 
     Parameters
@@ -242,7 +242,9 @@ def scaled_utility(utilities: Sequence[Tensor], scaling: Scaling = "global") -> 
         )
     if scaling == "global":
         device = utilities[0].device
-        largest = torch.stack([u.amax().to(device) for u in utilities]).amax().clamp(min=_SMALLEST)
+        # Tensors without entries have no largest one; the floor stands for them.
+        tops = [u.amax().to(device) for u in utilities if u.numel()] or [utilities[0].new_zeros(())]
+        largest = torch.stack(tops).amax().clamp(min=_SMALLEST)
         return [(u / largest.to(u.device)).sigmoid_() for u in utilities]
     return [
         torch.sigmoid(torch.nn.functional.normalize(u, dim=-1, eps=_SMALLEST) if u.ndim else u.sign())

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from perturbkit.core import checks
-from perturbkit.core.optimizers import loss_value
+from perturbkit.core.optimizers import BaseOptimizer, loss_value
 from perturbkit.core.random import as_generator, mixed_seed, randn
 from perturbkit.optim.second_order._fits import (
     fit_bfgs,
@@ -183,7 +183,7 @@ class HessianFitter:
         right.mul_(balance)
 
 
-class PSGD(torch.optim.Optimizer):
+class PSGD(BaseOptimizer):
     r"""Gradient descent whose preconditioner, one for each tensor, is fitted to Hessian products or to gradients.
 
     Parameters
@@ -264,7 +264,12 @@ class PSGD(torch.optim.Optimizer):
         closure : callable
             ``closure() -> loss`` with its graph; no ``backward``.
         """
-        members = [(group, p) for group in self.param_groups for p in group["params"] if p.requires_grad]
+        members = [
+            (group, p)
+            for group in self.param_groups
+            for p in group["params"]
+            if p.requires_grad and p.numel()
+        ]
         weights = [p for _, p in members]
         with torch.enable_grad():
             loss = closure()
@@ -282,15 +287,19 @@ class PSGD(torch.optim.Optimizer):
             pairs = grads
             if twice:
                 # Where the loss is linear in a tensor the product is zero, and says nothing.
-                pairs = torch.autograd.grad(
-                    grads, weights, vectors, allow_unused=True, materialize_grads=True
-                )
+                curved = [(x, v) for x, v in zip(grads, vectors, strict=True) if x.requires_grad]
+                pairs = tuple(torch.zeros_like(p) for p in weights)
+                if curved:
+                    outs, cotangents = zip(*curved, strict=True)
+                    pairs = torch.autograd.grad(
+                        outs, weights, cotangents, allow_unused=True, materialize_grads=True
+                    )
             for p, v, h in zip(weights, vectors, pairs, strict=True):
                 fitter = self._fitter(p)
                 shape = tuple(len(q) for q in fitter.factors)
                 if bool(h.any()):
                     fitter.update(v.reshape(shape), h.detach().reshape(shape))
-                self.state[p]["factors"] = fitter.factors
+                self.state[p].update({f"factor{i}": q for i, q in enumerate(fitter.factors)})
         with torch.no_grad():
             for (group, p), grad in zip(members, grads, strict=True):
                 fitter = self._fitter(p)
@@ -309,6 +318,6 @@ class PSGD(torch.optim.Optimizer):
             shape, "kronecker" if matrix else "diagonal", rate=self._rate, init_scale=0.1 if self._mode == "newton" else 1.0,
             dtype=torch.promote_types(p.dtype, torch.float32), device=p.device,
         )  # fmt: skip
-        if "factors" in self.state[p]:
-            fitter.factors = self.state[p]["factors"]
+        if "factor0" in self.state[p]:
+            fitter.factors = [self.state[p][f"factor{i}"] for i in range(len(fitter.factors))]
         return fitter

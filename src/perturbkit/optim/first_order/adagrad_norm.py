@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from perturbkit.core import Result, checks
-from perturbkit.core.optimizers import BaseOptimizer, dense_gradients, evaluated, global_norm
+from perturbkit.core.optimizers import BaseOptimizer, dense_gradients, evaluated
 from perturbkit.core.random import Seed, as_generator, randn
 
 __all__ = [
@@ -121,7 +121,9 @@ class AdaGradNorm(BaseOptimizer):
                     "total", torch.full((), group["initial"] ** 2, dtype=torch.float64, device=keeper.device)
                 )
                 grads = dense_gradients(own)
-                total += global_norm([g.double() for g in grads]).square().to(total.device)
+                # In double precision without copies of the gradients in it.
+                norms = [torch.linalg.vector_norm(g, dtype=torch.float64).to(total.device) for g in grads]
+                total += torch.stack(norms).square().sum()
                 rate = group["lr"] / total.sqrt()
                 for p, g in zip(own, grads, strict=True):
                     wide = torch.promote_types(p.dtype, torch.float32)

@@ -2,6 +2,7 @@
 
 import numpy as np
 import pytest
+import torch
 from scipy.optimize import minimize
 from sklearn.exceptions import NotFittedError
 from sklearn.utils.estimator_checks import check_estimator
@@ -26,7 +27,7 @@ ONE = np.ones((2, 2))
 EXAMPLE = Example(
     call=lambda generator, dtype: quick(generator=generator).fit(X, Y),
     read=lambda made: [made.input_weights_, made.errors_],
-    dtypes=(),
+    dtypes=(torch.float64,),
     stochastic=True,
     refusals=(
         (lambda: quick(n_hidden=0).fit(X, Y), "n_hidden is 0"),

@@ -76,6 +76,7 @@ from .training.ibp_training import interval_bounds as interval_bounds
 from .training.ibp_training import verified_accuracy as verified_accuracy
 from .training.image_shortcut_squeezing import ImageShortcutSqueezing as ImageShortcutSqueezing
 from .training.image_shortcut_squeezing import PoisonTable as PoisonTable
+from .training.image_shortcut_squeezing import autoregressive_poison as autoregressive_poison
 from .training.image_shortcut_squeezing import error_maximising_poison as error_maximising_poison
 from .training.image_shortcut_squeezing import error_minimising_poison as error_minimising_poison
 from .training.image_shortcut_squeezing import evaluate_poisons as evaluate_poisons

@@ -16,6 +16,7 @@ from perturbkit.core import Oracle, assign, flatten
 from perturbkit.core.random import rademacher, randn, uniform
 from perturbkit.robust import (
     ImageShortcutSqueezing,
+    autoregressive_poison,
     error_maximising_poison,
     error_minimising_poison,
     evaluate_poisons,
@@ -99,6 +100,9 @@ EXAMPLE = Example(
         (lambda: jpeg(images(), subsampling="4:1:1"), "subsampling is '4:1:1'"),
         (lambda: jpeg(images()[:0]), "images is empty"),
         (lambda: jpeg((255 * images()).byte()), "images has dtype"),
+        (lambda: autoregressive_poison(small()[0][:, :, :2], small()[1]), "at least 3 by 3"),
+        (lambda: autoregressive_poison(small()[0], small()[1][1:]), "y has shape"),
+        (lambda: autoregressive_poison(*small(), epsilon=-1.0), "epsilon is -1"),
         (lambda: patch_poison(small()[0], small()[1][1:]), "y has shape"),
         (lambda: patch_poison(*small(), epsilon=-1.0), "epsilon is -1"),
         (lambda: patch_poison(*small(), cells=0), "cells is 0"),
@@ -390,3 +394,27 @@ def test_the_table_trains_on_treated_poisons_and_tests_on_clean_images(squeeze_t
     assert torch.equal(asked[3], reduce_bits(test) if squeeze_test else test)
     torch.testing.assert_close(table.accuracy, torch.tensor([[1 / 3, 2 / 3], [1.0, 1.0]], dtype=F64))
     assert table.to_frame().loc["clean", "bits"] == pytest.approx(2 / 3)
+
+
+def test_autoregressive_noise_obeys_one_rule_a_class_and_has_its_length():
+    y = torch.tensor([0, 1, 0, 1])
+    grey = torch.full((4, 2, 9, 7), 0.5, dtype=torch.float64)
+    delta = autoregressive_poison(grey, y, 0.8, generator=3) - grey
+    torch.testing.assert_close(delta.flatten(1).norm(dim=1), torch.full((4,), 0.8, dtype=torch.float64))
+    assert not torch.equal(delta[0], delta[2])
+
+    def rule(image, channel):
+        """Solve for the coefficients from every window of the image."""
+        windows = delta[image, channel].unfold(0, 3, 1).unfold(1, 3, 1).reshape(-1, 9)
+        found = torch.linalg.lstsq(windows[:, :8], windows[:, 8:])
+        return found.solution[:, 0]
+
+    for channel in (0, 1):
+        b = rule(0, channel)
+        torch.testing.assert_close(b.sum().item(), 1.0, rtol=0, atol=1e-6)
+        assert (b > -1e-6).all()
+        torch.testing.assert_close(b, rule(2, channel), rtol=0, atol=1e-5)
+        assert (b - rule(1, channel)).abs().max() > 1e-2
+    assert (rule(0, 0) - rule(0, 1)).abs().max() > 1e-2
+    white = autoregressive_poison(torch.ones(2, 1, 5, 5), torch.tensor([0, 0]), generator=0)
+    assert white.max() <= 1

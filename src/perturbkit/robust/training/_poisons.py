@@ -11,11 +11,11 @@ from torch.nn import functional
 
 from perturbkit.core import Ball, Oracle, around, checks, track
 from perturbkit.core.progress import ProgressLike
-from perturbkit.core.random import Seed, as_generator, rademacher, randperm
+from perturbkit.core.random import Seed, as_generator, rademacher, randn, randperm, uniform
 from perturbkit.robust.attacks._parts import labels_for
 from perturbkit.robust.training._loops import checked_data, cross_entropy
 
-__all__ = ["error_maximising_poison", "error_minimising_poison", "patch_poison"]
+__all__ = ["autoregressive_poison", "error_maximising_poison", "error_minimising_poison", "patch_poison"]
 
 
 def patch_poison(
@@ -69,6 +69,66 @@ def patch_poison(
     signs = rademacher(shape, generator=as_generator(generator), like=x).to(x)
     patterns = functional.interpolate(signs, size=tuple(x.shape[-2:]), mode="nearest")
     return x + around(x, "linf", epsilon).project(epsilon * patterns[labels])
+
+
+def autoregressive_poison(x: Tensor, y: Tensor, epsilon: float = 1.0, *, generator: Seed = None) -> Tensor:
+    r"""Add noise to each image that every class's own linear rule continues from pixel to pixel: it needs no network.
+
+    Parameters
+    ----------
+    x : Tensor, shape (n, channels, height, width), in [0, 1]
+        Images, at least 3 pixels wide and high.
+    y : Tensor of int64, shape (n,)
+        Labels.
+    epsilon : float
+        Euclidean length of each image's change, before it is cut to the range; zero or above.
+    generator : torch.Generator, int or None
+        Draws the rules and the noise that they start from.
+
+    Returns
+    -------
+    Tensor, shape of ``x``
+        In [0, 1].
+
+    Raises
+    ------
+    ArgumentError, ArgumentTypeError
+        If an argument is not allowed.
+
+    Notes
+    -----
+    The first two rows and columns are standard normal; from there :math:`\delta_{ij} = \sum_k b_k \delta_k` over the other
+    eight pixels of the window of three by three that ends at (i, j), with non-negative coefficients that sum to one, drawn
+    for each class and channel. No two images have the same noise, but all of a class obey one rule, which a convolution finds.
+
+    References
+    ----------
+    Sandoval-Segura et al. (2022), Autoregressive Perturbations for Data Poisoning, arXiv:2206.03693.
+
+    Examples
+    --------
+    >>> grey = torch.full((2, 3, 8, 8), 0.5)
+    >>> poisoned = autoregressive_poison(grey, torch.tensor([0, 1]), 0.5, generator=0)
+    >>> [round(float(d.norm()), 3) for d in poisoned - grey]
+    [0.5, 0.5]
+    """
+    checks.image_batch("x", x)
+    labels = checks.labels("y", y, n=len(x)).to(x.device)
+    checks.nonnegative("epsilon", epsilon)
+    if min(x.shape[-2:]) < 3:
+        raise checks.ArgumentError(
+            f"x has shape {tuple(x.shape)}; allowed: images of at least 3 by 3 pixels. Enlarge them first."
+        )
+    g = as_generator(generator)
+    rules = uniform((int(labels.max()) + 1, x.shape[1], 8), generator=g, dtype=torch.float64)
+    rules = (rules / rules.sum(2, keepdim=True)).to(x.device)[labels]
+    delta = randn(tuple(x.shape), generator=g, dtype=torch.float64).to(x.device)
+    for i in range(2, x.shape[2]):
+        for j in range(2, x.shape[3]):
+            window = delta[:, :, i - 2 : i + 1, j - 2 : j + 1].flatten(2)[:, :, :8]
+            delta[:, :, i, j] = (rules * window).sum(2)
+    delta = delta * (epsilon / delta.flatten(1).norm(dim=1))[:, None, None, None]
+    return (x + delta.to(x)).clamp(0, 1)
 
 
 def error_minimising_poison(

@@ -19,6 +19,7 @@ from perturbkit.core.progress import ProgressLike
 from perturbkit.robust.attacks._parts import labels_for
 from perturbkit.robust.measurements._jpeg import LARGEST_SIDE, LUMA, Subsampling, by_codec, in_torch, through
 from perturbkit.robust.training._poisons import (
+    autoregressive_poison,
     error_maximising_poison,
     error_minimising_poison,
     patch_poison,
@@ -30,6 +31,7 @@ if TYPE_CHECKING:
 __all__ = [
     "ImageShortcutSqueezing",
     "PoisonTable",
+    "autoregressive_poison",
     "error_maximising_poison",
     "error_minimising_poison",
     "evaluate_poisons",

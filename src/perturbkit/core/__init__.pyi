@@ -10,6 +10,7 @@ from .curvature import hvp as hvp
 from .curvature import jacobian_vector as jacobian_vector
 from .curvature import lanczos as lanczos
 from .curvature import power_iteration as power_iteration
+from .curvature import ritz_values as ritz_values
 from .curvature import spectral_density as spectral_density
 from .curvature import stochastic_lanczos_quadrature as stochastic_lanczos_quadrature
 from .curvature import vector_jacobian as vector_jacobian
@@ -89,4 +90,5 @@ from .statistics import bootstrap_interval as bootstrap_interval
 from .statistics import clopper_pearson as clopper_pearson
 from .statistics import conformal_quantile as conformal_quantile
 from .statistics import paired_comparison as paired_comparison
+from .workers import connected as connected
 from .workers import run_workers as run_workers

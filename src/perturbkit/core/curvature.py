@@ -29,6 +29,7 @@ __all__ = [
     "jacobian_vector",
     "lanczos",
     "power_iteration",
+    "ritz_values",
     "spectral_density",
     "stochastic_lanczos_quadrature",
     "vector_jacobian",
@@ -368,6 +369,19 @@ def lanczos(
         previous, q = q, torch.where(ended, torch.zeros_like(w), w / torch.where(ended, 1, length))
     beta = beta[:, : m - 1]
     return (alpha[0], beta[0], basis[0]) if v0.ndim == 1 else (alpha, beta, basis)
+
+
+def ritz_values(alpha: Tensor, beta: Tensor) -> Tensor:
+    """Return the eigenvalues of :func:`lanczos`' tridiagonal matrix, ascending: from inside, those of the operator.
+
+    Examples
+    --------
+    >>> ritz_values(torch.tensor([1.0, 1.0]), torch.tensor([1.0]))
+    tensor([0., 2.])
+    """
+    return torch.linalg.eigvalsh(
+        torch.diag_embed(alpha) + torch.diag_embed(beta, 1) + torch.diag_embed(beta, -1)
+    )
 
 
 def hutchinson_trace(

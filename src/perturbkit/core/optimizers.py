@@ -244,6 +244,35 @@ class BaseOptimizer(torch.optim.Optimizer):
     def __init__(self, params: Any, defaults: Mapping[str, Any]) -> None:
         super().__init__(params, dict(defaults))
 
+    @property
+    def weights(self) -> list[Tensor]:
+        """The parameters that are trained, in order."""
+        return [p for group in self.param_groups for p in group["params"] if p.requires_grad]
+
+    def per_weight(self, option: str) -> list[float]:
+        """Return a group option, once for each of :attr:`weights`."""
+        return [
+            float(group[option]) for group in self.param_groups for p in group["params"] if p.requires_grad
+        ]
+
+    def trained(self) -> list[tuple[dict[str, Any], Tensor]]:
+        """Return each parameter that has a gradient, with its group."""
+        return [(group, p) for group in self.param_groups for p in group["params"] if p.grad is not None]
+
+    def advance(self, counter: str = "step") -> int:
+        """Return a counter of the state, from 0, and count on."""
+        now = int(self.state.get(counter, 0))  # type: ignore[call-overload]
+        self.state[counter] = now + 1  # type: ignore[index]
+        return now
+
+    def check_group(self, group: Mapping[str, Any]) -> None:
+        """Check a group's own options; every group passes here when it is added."""
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Add a group of parameters, with its own options if it has some."""
+        self.check_group({**self.defaults, **param_group})
+        super().add_param_group(param_group)
+
     def __getstate__(self) -> dict[str, Any]:
         """Return what a copy has: groups, state and own attributes, without hooks and what schedulers attach."""
         own = {
@@ -318,16 +347,13 @@ class WrappingOptimizer(BaseOptimizer):
         self._share(base)
         self.defaults = {**base.defaults, **self.defaults}
 
-    def check_group(self, group: Mapping[str, Any]) -> None:
-        """Check a group's own options; every group passes here when it is added."""
-
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a group of parameters to both optimizers."""
-        self.check_group({**self.defaults, **param_group})
         base = self.__dict__.get("base_optimizer")
         if base is None:
             super().add_param_group(param_group)
             return
+        self.check_group({**self.defaults, **param_group})
         for name, value in self.defaults.items():
             param_group.setdefault(name, value)
         base.add_param_group(param_group)
@@ -346,10 +372,6 @@ class WrappingOptimizer(BaseOptimizer):
     def replay(self, closure: Closure | None) -> Replay:
         """Return the closure as one that can be evaluated again on the same batch."""
         return Replay(closure, (p for group in self.param_groups for p in group["params"]), self._model)
-
-    def trained(self) -> list[tuple[dict[str, Any], Tensor]]:
-        """Return each parameter that has a gradient, with its group."""
-        return [(group, p) for group in self.param_groups for p in group["params"] if p.grad is not None]
 
     def _share(self, base: torch.optim.Optimizer) -> None:
         self.base_optimizer = base

@@ -15,7 +15,7 @@ import torch
 
 from perturbkit.core import checks
 
-__all__ = ["run_workers"]
+__all__ = ["connected", "run_workers"]
 
 
 def run_workers(function: Callable[..., Any], n: int, *arguments: Any, timeout: float = 120.0) -> list[Any]:
@@ -73,6 +73,7 @@ def run_workers(function: Callable[..., Any], n: int, *arguments: Any, timeout: 
                     f"{n} processes did not end in {timeout:g} s; allowed: less than the timeout. Raise timeout, or look for "
                     "a collective operation that not all of them reach."
                 )
+            # Bytes from processes of our own making: nothing from outside is unpickled.
             return [pickle.loads(job.result()) for job in jobs]
         except checks.PerturbkitError:
             raise
@@ -87,6 +88,17 @@ def run_workers(function: Callable[..., Any], n: int, *arguments: Any, timeout: 
                 process.join(2)
                 if process.is_alive():
                     process.kill()
+
+
+def connected() -> bool:
+    """Return whether this process belongs to a group of ``torch.distributed``.
+
+    Examples
+    --------
+    >>> connected()
+    False
+    """
+    return torch.distributed.is_available() and torch.distributed.is_initialized()
 
 
 def _work(

@@ -20,7 +20,6 @@ __all__ = [
     "check_agreement",
     "check_gradients",
     "check_mixing",
-    "connected",
     "gradient_at",
     "metropolis_mixing",
     "ring_mixing",
@@ -130,10 +129,9 @@ class VectorOptimizer(BaseOptimizer):
         self.bytes_sent = 0
         super().__init__(params, defaults)
 
-    def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """Add a group of parameters, with its own options if it has some."""
-        checks.nonnegative("lr", {**self.defaults, **param_group}["lr"])
-        super().add_param_group(param_group)
+    def check_group(self, group: Mapping[str, Any]) -> None:
+        """Check a group's own options."""
+        checks.nonnegative("lr", group["lr"])
 
     def __getstate__(self) -> dict[str, Any]:
         """Leave the workers out of copies: processes cannot be copied."""
@@ -142,15 +140,6 @@ class VectorOptimizer(BaseOptimizer):
     def state_dtype(self, name: str, saved: torch.dtype, p: Tensor) -> torch.dtype:
         """Return the precision of the state, whatever that of the weights."""
         return saved
-
-    @property
-    def weights(self) -> list[Tensor]:
-        """The parameters that are trained, in order."""
-        return [p for group in self.param_groups for p in group["params"] if p.requires_grad]
-
-    def rates(self) -> list[float]:
-        """Return the learning rate of each of :attr:`weights`."""
-        return [float(group["lr"]) for group in self.param_groups for p in group["params"] if p.requires_grad]
 
     def gradient(self) -> Tensor:
         """Return the gradient, shape (d,), in double precision."""
@@ -176,11 +165,6 @@ class VectorOptimizer(BaseOptimizer):
         """Put a vector into the state, each weight's part with it."""
         for p, part in zip(self.weights, self.parts(vector), strict=True):
             self.state[p][name] = part.clone()
-
-
-def connected() -> bool:
-    """Return whether this process belongs to a group of processes."""
-    return distributed.is_available() and distributed.is_initialized()
 
 
 def as_compressor(compressor: Any, dtype: torch.dtype) -> Compressor:

@@ -16,13 +16,13 @@ from torch import Tensor, distributed
 
 from perturbkit.core import Cost, Result, checks
 from perturbkit.core.optimizers import evaluated
+from perturbkit.core.workers import connected
 from perturbkit.optim.distributed._parts import (
     Compressor,
     VectorOptimizer,
     as_compressor,
     check_gradients,
     check_mixing,
-    connected,
     gradient_at,
     metropolis_mixing,
     ring_mixing,
@@ -176,7 +176,7 @@ class DProxSGT(VectorOptimizer):
         self.save("gradient", gradient)
         halves = [
             _proximal(self._prox, p.detach().double() - lr * y, lr)
-            for p, lr, y in zip(self.weights, self.rates(), self.parts(tracker), strict=True)
+            for p, lr, y in zip(self.weights, self.per_weight("lr"), self.parts(tracker), strict=True)
         ]
         for p, new in zip(self.weights, self.parts(self._mix("x", self.vector(halves), me)), strict=True):
             p.copy_(new)

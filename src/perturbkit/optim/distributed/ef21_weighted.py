@@ -18,6 +18,7 @@ from torch import Tensor, distributed
 from perturbkit.core import Cost, Result, checks
 from perturbkit.core.optimizers import evaluated
 from perturbkit.core.random import as_generator, mixed_seed, uniform
+from perturbkit.core.workers import connected
 from perturbkit.optim.distributed._parts import (
     Compressor,
     Dense,
@@ -26,7 +27,6 @@ from perturbkit.optim.distributed._parts import (
     as_compressor,
     check_agreement,
     check_gradients,
-    connected,
     gradient_at,
 )
 
@@ -192,7 +192,7 @@ class EF21(VectorOptimizer):
         self.save("estimate", own)
         self.save("total", total)
         self.state["round"] = round_ + 1  # type: ignore[index]
-        for p, lr, part in zip(self.weights, self.rates(), self.parts(total), strict=True):
+        for p, lr, part in zip(self.weights, self.per_weight("lr"), self.parts(total), strict=True):
             p.sub_((lr * part).to(p.dtype))
         return loss
 

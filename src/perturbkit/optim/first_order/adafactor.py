@@ -7,7 +7,7 @@ Rates with Sublinear Memory Cost, arXiv:1804.04235.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -94,10 +94,9 @@ class Adafactor(BaseOptimizer):
         }  # fmt: skip
         super().__init__(params, defaults)
 
-    def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """Add a group of parameters, with its own options if it has some."""
-        _checked({**self.defaults, **param_group})
-        super().add_param_group(param_group)
+    def check_group(self, group: Mapping[str, Any]) -> None:
+        """Check a group's own options."""
+        _checked(group)
 
     @torch.no_grad()
     def step(self, closure: Any = None) -> Any:
@@ -199,7 +198,7 @@ def _rms(x: Tensor) -> Tensor:
     return x.norm() / max(x.numel(), 1) ** 0.5
 
 
-def _checked(group: dict[str, Any]) -> None:
+def _checked(group: Mapping[str, Any]) -> None:
     if group["relative_step_size"] == (group["lr"] is not None):
         raise checks.ArgumentError(
             f"lr is {group['lr']!r} and relative_step_size {group['relative_step_size']}; allowed: one of the two. Pass "

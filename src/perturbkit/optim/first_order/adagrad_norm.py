@@ -8,7 +8,7 @@ and Affine Variance, arXiv:2302.08783.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -93,12 +93,10 @@ class AdaGradNorm(BaseOptimizer):
         self._per_parameter = bool(per_parameter)
         super().__init__(params, {"lr": lr, "initial": initial})
 
-    def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """Add a group of parameters, with its own rate if it has one."""
-        group = {**self.defaults, **param_group}
+    def check_group(self, group: Mapping[str, Any]) -> None:
+        """Check a group's own options."""
         checks.positive("lr", group["lr"])
         checks.positive("initial", group["initial"])
-        super().add_param_group(param_group)
 
     @torch.no_grad()
     def step(self, closure: Any = None) -> Any:

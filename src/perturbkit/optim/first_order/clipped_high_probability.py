@@ -8,7 +8,7 @@ Optimization and Variational Inequalities: the Case of Unbounded Variance, arXiv
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal
 
 import torch
@@ -72,12 +72,10 @@ class ClippedSGD(BaseOptimizer):
     def __init__(self, params: Any, lr: float, clip: float | Sequence[float]) -> None:
         super().__init__(params, {"lr": lr, "clip": clip})
 
-    def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """Add a group of parameters, with its own rate and levels if it has some."""
-        group = {**self.defaults, **param_group}
+    def check_group(self, group: Mapping[str, Any]) -> None:
+        """Check a group's own options."""
         checks.nonnegative("lr", group["lr"])
         _levels(group["clip"])
-        super().add_param_group(param_group)
 
     @torch.no_grad()
     def step(self, closure: Any = None) -> Any:

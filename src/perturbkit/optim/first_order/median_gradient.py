@@ -6,7 +6,7 @@ Simsekli and Gower (2024), SGD with Clipping is Secretly Estimating the Median G
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
 import torch
@@ -97,12 +97,10 @@ class MedianSGD(BaseOptimizer):
         self._per_tensor, self._reset, self._relative = bool(per_tensor), bool(reset), bool(relative)
         super().__init__(params, {"lr": lr, "tau": tau})
 
-    def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """Add a group of parameters, with its own rate if it has one."""
-        group = {**self.defaults, **param_group}
+    def check_group(self, group: Mapping[str, Any]) -> None:
+        """Check a group's own options."""
         checks.nonnegative("lr", group["lr"])
         checks.positive("tau", group["tau"])
-        super().add_param_group(param_group)
 
     @torch.no_grad()
     def step(self, closure: Any = None) -> Any:
@@ -184,10 +182,9 @@ class SampleMedianSGD(BaseOptimizer):
         self._chunks = checks.integer("chunks", chunks, low=1)
         super().__init__(params, {"lr": lr})
 
-    def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """Add a group of parameters, with its own rate if it has one."""
-        checks.nonnegative("lr", {**self.defaults, **param_group}["lr"])
-        super().add_param_group(param_group)
+    def check_group(self, group: Mapping[str, Any]) -> None:
+        """Check a group's own options."""
+        checks.nonnegative("lr", group["lr"])
 
     def step(self, closures: Sequence[Closure]) -> list[float]:  # type: ignore[override]
         """Take one step and return the chunks' losses.
@@ -202,7 +199,7 @@ class SampleMedianSGD(BaseOptimizer):
             raise checks.ArgumentError(
                 f"closures is {given}; allowed: a sequence of {self._chunks} functions. Give the loss of each chunk of the batch."
             )
-        weights = [p for group in self.param_groups for p in group["params"] if p.requires_grad]
+        weights = self.weights
         losses, rows = [], []
         for closure in (Replay(each, weights) for each in closures):
             with torch.enable_grad():

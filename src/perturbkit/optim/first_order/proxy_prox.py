@@ -8,15 +8,15 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
-from perturbkit.core import Minimum, checks, lanczos
-from perturbkit.core.optimizers import BaseOptimizer, Closure
+from perturbkit.core import Minimum, checks, lanczos, ritz_values
+from perturbkit.core.optimizers import BaseOptimizer, Closure, dense_gradients
 from perturbkit.core.progress import ProgressLike, track
 from perturbkit.core.random import Seed, as_generator, randn
 from perturbkit.core.results import Cost
@@ -221,12 +221,10 @@ class ProxyProx(BaseOptimizer):
         self.target_calls = self.proxy_calls = 0
         super().__init__(params, {"lr": lr, "inner_lr": inner_lr})
 
-    def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """Add a group of parameters, with its own rates if it has some."""
-        group = {**self.defaults, **param_group}
+    def check_group(self, group: Mapping[str, Any]) -> None:
+        """Check a group's own options."""
         checks.positive("lr", group["lr"])
         checks.positive("inner_lr", group["inner_lr"])
-        super().add_param_group(param_group)
 
     def step(self, closure: Closure) -> Any:  # type: ignore[override]
         """Take one step and return the target's loss before it.
@@ -239,14 +237,14 @@ class ProxyProx(BaseOptimizer):
         with torch.enable_grad():
             loss = closure()
         self.target_calls += 1
-        members = [(group, p) for group in self.param_groups for p in group["params"] if p.grad is not None]
+        members = self.trained()
         weights = [p for _, p in members]
         if not weights:
             return loss
         start = [p.detach().clone() for p in weights]
-        grads = [p.grad.to_dense() if p.grad.is_sparse else p.grad for p in weights]
+        grads = dense_gradients(weights)
         first = self._gradients(weights)
-        shifts = [g.detach() - h for g, h in zip(grads, first, strict=True)]
+        shifts = [g - h for g, h in zip(grads, first, strict=True)]
         for i in range(self._steps):
             now = first if i == 0 else self._gradients(weights)
             with torch.no_grad():
@@ -310,8 +308,7 @@ def estimate_similarity(
     n = min(checks.integer("steps", steps, low=1), len(x))
     start = randn(x.shape, generator=as_generator(generator), like=x)
     alpha, beta, _ = lanczos(lambda v: hvp_target(v) - hvp_proxy(v), start, n)
-    tridiagonal = torch.diag(alpha) + torch.diag(beta, 1) + torch.diag(beta, -1)
-    return float(torch.linalg.eigvalsh(tridiagonal).abs().max())
+    return float(ritz_values(alpha, beta).abs().max())
 
 
 class _Model:

@@ -6,6 +6,7 @@ Stochastic Gradient Descent with Model Building, arXiv:2111.07058.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any, Literal
 
 import torch
@@ -99,10 +100,9 @@ class SMB(BaseOptimizer):
         self.models_built = 0
         super().__init__(params, {"lr": lr})
 
-    def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """Add a group of parameters, with its own rate if it has one."""
-        checks.positive("lr", {**self.defaults, **param_group}["lr"])
-        super().add_param_group(param_group)
+    def check_group(self, group: Mapping[str, Any]) -> None:
+        """Check a group's own options."""
+        checks.positive("lr", group["lr"])
 
     def step(self, closure: Closure, closure2: Closure | None = None) -> Any:  # type: ignore[override]
         """Take one step and return the loss before it.

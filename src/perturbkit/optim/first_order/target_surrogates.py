@@ -7,7 +7,7 @@ Babanezhad, Schmidt and Le Roux (2023), Target-based Surrogates for Stochastic O
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, Literal
 
 import torch
@@ -106,10 +106,9 @@ class SSO(BaseOptimizer):
         self.oracle_calls = 0
         super().__init__(params, {"lr": target_lr})
 
-    def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """Add a group of parameters; all groups share the first one's rate."""
-        checks.positive("target_lr", {**self.defaults, **param_group}["lr"])
-        super().add_param_group(param_group)
+    def check_group(self, group: Mapping[str, Any]) -> None:
+        """Check a group's own options."""
+        checks.positive("target_lr", group["lr"])
 
     def step(self, model_fn: Callable[[], Tensor], loss_fn: Callable[[Tensor], Tensor]) -> Tensor:  # type: ignore[override]
         """Take one step and return the loss before it.
@@ -133,7 +132,7 @@ class SSO(BaseOptimizer):
             loss_value(loss)
             (slope,) = torch.autograd.grad(loss, z)
         self.oracle_calls += 1
-        t = self.state["step"] = self.state.get("step", 0) + 1  # type: ignore[call-overload, index]
+        t = self.advance() + 1
         eta = self.param_groups[0]["lr"] / {"constant": 1, "sqrt": math.sqrt(t), "inverse": t}[self._schedule]
         anchor, value = z.detach(), loss.detach()
 
@@ -150,7 +149,7 @@ class SSO(BaseOptimizer):
         return value
 
     def _descend(self, surrogate: Callable[[], Tensor]) -> None:
-        weights = [p for group in self.param_groups for p in group["params"] if p.requires_grad]
+        weights = self.weights
         if self._inner == "armijo-gd":
             self._armijo(weights, surrogate)
             return

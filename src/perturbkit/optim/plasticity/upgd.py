@@ -7,7 +7,7 @@ arXiv:2302.03281 (extended in 2024 as arXiv:2404.00781).
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, Literal
 
 import torch
@@ -110,14 +110,12 @@ class UPGD(BaseOptimizer):
         options = {"lr": lr, "sigma": sigma, "utility_decay": utility_decay, "weight_decay": weight_decay}
         super().__init__(params, {**options, "gain": gain})
 
-    def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """Add a group of parameters, with its own options if it has any."""
-        group = {**self.defaults, **param_group}
+    def check_group(self, group: Mapping[str, Any]) -> None:
+        """Check a group's own options."""
         for name in ("lr", "sigma", "weight_decay"):
             checks.nonnegative(name, group[name])
         checks.between("utility_decay", group["utility_decay"], 0, 1, inclusive="low")
         checks.positive("gain", group["gain"])
-        super().add_param_group(param_group)
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load a state, utilities in the precision in which they were kept."""
@@ -140,8 +138,7 @@ class UPGD(BaseOptimizer):
             ``closure() -> loss``; clears the gradients, evaluates the batch and calls ``backward``. With ``second_order`` it
             is needed, and must not call ``backward``: the step differentiates the loss itself, twice.
         """
-        t = int(self.state.get("step", 0))  # type: ignore[call-overload]
-        self.state["step"] = t + 1  # type: ignore[index]
+        t = self.advance()
         loss, curvatures = self._evaluated(closure, t)
         members = [(g, p) for g in self.param_groups for p in g["params"] if p.grad is not None]
         if not members:
@@ -180,7 +177,7 @@ class UPGD(BaseOptimizer):
                 f"closure is {closure!r}; allowed with second_order: a function that returns the loss with its graph. "
                 "Pass step(closure), with no backward() inside."
             )
-        weights = [p for group in self.param_groups for p in group["params"] if p.requires_grad]
+        weights = self.weights
         with torch.enable_grad():
             loss = _graph(closure)
             generator = torch.Generator().manual_seed(mixed_seed(self._seed, t, 1))

@@ -7,7 +7,7 @@ positive definite for one that is not. Li (2024), Stochastic Hessian Fitting on 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
 import torch
@@ -251,10 +251,9 @@ class PSGD(BaseOptimizer):
         self._seed = checks.integer("seed", seed, low=0)
         super().__init__(params, {"lr": lr})
 
-    def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """Add a group of parameters, with its own rate if it has one."""
-        checks.nonnegative("lr", {**self.defaults, **param_group}["lr"])
-        super().add_param_group(param_group)
+    def check_group(self, group: Mapping[str, Any]) -> None:
+        """Check a group's own options."""
+        checks.nonnegative("lr", group["lr"])
 
     def step(self, closure: Any) -> Any:  # type: ignore[override]
         """Take one step and return the loss before it.

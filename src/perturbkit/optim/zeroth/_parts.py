@@ -6,8 +6,6 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
-from torch import Tensor
-
 from perturbkit.core import checks
 from perturbkit.core.optimizers import BaseOptimizer, Closure, Replay, loss_value
 from perturbkit.core.parameters import Restorer
@@ -40,30 +38,12 @@ class SeededOptimizer(BaseOptimizer):
         self._model = model
         super().__init__(params, defaults)
 
-    def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """Add a group of parameters, with its own options if it has some."""
-        for name, value in {**self.defaults, **param_group}.items():
+    def check_group(self, group: Mapping[str, Any]) -> None:
+        """Check a group's own options."""
+        for name, value in group.items():
             if name in self.defaults:
                 checks.nonnegative(name, value)
-        super().add_param_group(param_group)
-
-    @property
-    def weights(self) -> list[Tensor]:
-        """The parameters that are trained, in order."""
-        return [p for group in self.param_groups for p in group["params"] if p.requires_grad]
-
-    def per_weight(self, option: str) -> list[float]:
-        """Return a group option, once for each of :attr:`weights`."""
-        return [
-            float(group[option]) for group in self.param_groups for p in group["params"] if p.requires_grad
-        ]
 
     def replay(self, closure: Closure | None) -> Replay:
         """Return the closure as one that sees the same batch and masks each time, and records no graph."""
         return Replay(closure, self.weights, self._model, gradients=False)
-
-    def advance(self, counter: str = "step") -> int:
-        """Return a counter of the state, from 0, and count on."""
-        now = int(self.state.get(counter, 0))  # type: ignore[call-overload]
-        self.state[counter] = now + 1  # type: ignore[index]
-        return now

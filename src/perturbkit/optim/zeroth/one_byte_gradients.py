@@ -22,6 +22,7 @@ from perturbkit.core.optimizers import Closure, Replay
 from perturbkit.core.parameters import perturbed
 from perturbkit.core.parameters import step as add_direction
 from perturbkit.core.random import mixed_seed
+from perturbkit.core.workers import connected
 from perturbkit.optim.zeroth._parts import SeededOptimizer, two_sided
 
 __all__ = ["OneByteHistory", "OneByteSPSA", "decode_gradient", "encode_gradient", "simulate_one_byte"]
@@ -300,11 +301,11 @@ class OneByteSPSA(SeededOptimizer):
     def _me(self) -> int:
         if self._worker_id is not None:
             return self._worker_id
-        return distributed.get_rank() if _distributed() else 0
+        return distributed.get_rank() if connected() else 0
 
     def _meet(self) -> list[int] | None:
         """Return the workers of the group, after a first check that they agree; None for this process alone."""
-        if not _distributed():
+        if not connected():
             return None
         if self._workers is None:
             said = {
@@ -435,7 +436,3 @@ def simulate_one_byte(
     each = optimizer._samples * (1 if optimizer._one_byte else 8)
     cost = Cost(2 * rounds * len(loss_fns) * optimizer._samples)
     return OneByteHistory(losses, rounds * each, optimizer.digest(), optimizer.messages, cost)
-
-
-def _distributed() -> bool:
-    return distributed.is_available() and distributed.is_initialized()

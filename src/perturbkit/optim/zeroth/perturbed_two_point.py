@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from perturbkit.core import Minimum, Oracle, checks, hessian, lanczos
+from perturbkit.core import Minimum, Oracle, checks, hessian, lanczos, ritz_values
 from perturbkit.core.optimizers import Closure
 from perturbkit.core.parameters import perturbed
 from perturbkit.core.parameters import step as add_direction
@@ -286,5 +286,4 @@ def is_second_order(
         return False
     start = randn(x.shape, generator=as_generator(generator), like=x)
     alpha, beta, _ = lanczos(hessian(fun, x.detach()), start, min(len(x), 100))
-    tridiagonal = torch.diag(alpha) + torch.diag(beta, 1) + torch.diag(beta, -1)
-    return bool(torch.linalg.eigvalsh(tridiagonal)[0] >= -math.sqrt(rho * epsilon))
+    return bool(ritz_values(alpha, beta)[0] >= -math.sqrt(rho * epsilon))

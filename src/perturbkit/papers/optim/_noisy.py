@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from perturbkit.core import functional, hessian, lanczos
+from perturbkit.core import functional, hessian, lanczos, ritz_values
 from perturbkit.core.parameters import flatten
 from perturbkit.core.random import randint, randn, randperm, seeded_init
 
@@ -77,4 +77,4 @@ def largest_curvature(net: nn.Module, x: Tensor, y: Tensor) -> float:
     vector = flatten(net)
     product = hessian(lambda w: nn.functional.cross_entropy(call(w, x), y), vector)
     alpha, beta, _ = lanczos(product, randn(vector.shape, generator=torch.Generator().manual_seed(0)), 20)
-    return float(torch.linalg.eigvalsh(torch.diag(alpha) + torch.diag(beta, 1) + torch.diag(beta, -1))[-1])
+    return float(ritz_values(alpha, beta)[-1])

@@ -132,6 +132,22 @@ def test_figures_stand_beside_the_page_with_an_alternative_text(site):
     assert all(not card["images"] for key, card in cards.items() if key != "holds")
 
 
+def test_samples_are_shown_where_they_are_there(tmp_path):
+    root, out = tmp_path / "root", tmp_path / "out"
+    _samples.write(root, "alpha/a")
+    (record,) = discover(root)
+    names = ["two_digits.png", "tone.wav", "gone.png", "../../x.png", "<b>.png"]
+    _save(out, record, samples=names)
+    for name in names[:2]:
+        (out / "results" / f"a.{name}").write_bytes(b"x")
+    page = _Page(write_gallery([record], out).read_text("utf-8"))
+    assert [u for u in page.urls if u.startswith("results/")] == [
+        "results/a.two_digits.png",
+        "results/a.tone.wav",
+    ]
+    assert page.cards["a"]["images"][0]["alt"] == "Sample: two digits"
+
+
 def test_nothing_is_asked_of_another_host_and_all_text_is_escaped(site):
     text = site.read_text("utf-8")
     page = _Page(text)

@@ -13,7 +13,7 @@ import pytest
 from tests.papers import _samples
 
 from perturbkit.core import checks
-from perturbkit.papers import discover, run_papers
+from perturbkit.papers import Comparison, Evidence, discover, run_papers
 from perturbkit.papers import runner as runner_module
 from perturbkit.papers.runner import fingerprint, read_outcome
 
@@ -84,6 +84,28 @@ def test_the_same_seed_gives_the_same_numbers_and_figure(tmp_path):
         found.append((outcome["comparisons"], (tmp_path / folder / "results" / "a.svg").read_bytes()))
     assert found[0] == found[1]
     assert found[0] != found[2]
+
+
+def test_samples_stand_beside_the_result_until_the_next_run(tmp_path):
+    body = 'return Evidence([Comparison("m", 1.0, 0.0, "higher")], samples={"a_b.png": b"\\x89P", "tone.wav": b"RIFF"})'
+    path = _samples.write(tmp_path, "p/a", body)
+    out = tmp_path / "out"
+    (outcome,) = run_papers(discover(tmp_path), out)
+    assert outcome["samples"] == ["a_b.png", "tone.wav"]
+    assert (out / "results" / "a.a_b.png").read_bytes() == b"\x89P"
+    assert (out / "results" / "a.tone.wav").read_bytes() == b"RIFF"
+    path.write_text(path.read_text().replace('"tone.wav": b"RIFF"', ""))
+    run_papers(discover(tmp_path), out)
+    assert sorted(p.name for p in (out / "results").iterdir()) == ["a.a_b.png", "a.json"]
+
+
+@pytest.mark.parametrize("name", ["../a.png", "a.svg", "A.png", "a b.wav", ".png"])
+def test_names_of_samples_are_checked(name):
+    claim = Comparison("m", 1.0, 0.0, "higher")
+    with pytest.raises(checks.ArgumentError, match="samples has"):
+        Evidence([claim], samples={name: b""})
+    with pytest.raises(checks.ArgumentError, match="with a str"):
+        Evidence([claim], samples={"a.png": "text"})
 
 
 def test_a_timeout_kills_the_reproduction_and_what_it_started(tmp_path):

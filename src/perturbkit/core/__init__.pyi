@@ -14,6 +14,9 @@ from .curvature import ritz_values as ritz_values
 from .curvature import spectral_density as spectral_density
 from .curvature import stochastic_lanczos_quadrature as stochastic_lanczos_quadrature
 from .curvature import vector_jacobian as vector_jacobian
+from .networks import Preconditioned as Preconditioned
+from .networks import SmallUNet as SmallUNet
+from .networks import TimeMLP as TimeMLP
 from .noise import CosineSchedule as CosineSchedule
 from .noise import Denoiser as Denoiser
 from .noise import DiscreteSchedule as DiscreteSchedule
@@ -90,5 +93,7 @@ from .statistics import bootstrap_interval as bootstrap_interval
 from .statistics import clopper_pearson as clopper_pearson
 from .statistics import conformal_quantile as conformal_quantile
 from .statistics import paired_comparison as paired_comparison
+from .training import History as History
+from .training import fit as fit
 from .workers import connected as connected
 from .workers import run_workers as run_workers

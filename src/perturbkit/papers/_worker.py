@@ -6,6 +6,7 @@ closes, because that one died, the process ends itself and all it started.
 
 from __future__ import annotations
 
+import base64
 import importlib.util
 import io
 import json
@@ -25,7 +26,14 @@ def main(request_path: str, answer_path: str) -> None:
     _end_with_parent()
     request = json.loads(Path(request_path).read_text(encoding="utf-8"))
     path = Path(request["path"])
-    answer: dict[str, Any] = {"holds": False, "error": None, "comparisons": [], "notes": "", "svg": None}
+    answer: dict[str, Any] = {
+        "holds": False,
+        "error": None,
+        "comparisons": [],
+        "notes": "",
+        "svg": None,
+        "samples": {},
+    }
     began = time.perf_counter()
     try:
         function = _load(path)
@@ -41,6 +49,7 @@ def main(request_path: str, answer_path: str) -> None:
             "comparisons": [_row(c) for c in evidence.comparisons],
             "notes": evidence.notes,
             "svg": None if evidence.figure is None else _svg(evidence.figure),
+            "samples": {name: base64.b64encode(c).decode() for name, c in evidence.samples.items()},
         }
     except BaseException as error:  # SystemExit too: whatever ends a reproduction is its failure, not ours.
         traceback.print_exc()

@@ -7,9 +7,10 @@ from __future__ import annotations
 
 import hashlib
 import math
+import re
 import statistics
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Self, TypeVar
 
@@ -190,6 +191,8 @@ class Evidence:
         The finding at a glance.
     notes : str
         What a reader should know: the scale, what was left out, what did not reproduce.
+    samples : mapping of str to bytes
+        What came out, to look at and listen to: PNG and WAV files by name, as "digits.png"; the gallery shows them.
 
     Examples
     --------
@@ -201,6 +204,7 @@ class Evidence:
     comparisons: Sequence[Comparison]
     figure: Figure | None = None
     notes: str = ""
+    samples: Mapping[str, bytes] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         given = tuple(self.comparisons)
@@ -210,6 +214,12 @@ class Evidence:
                 "State the claim as a comparison of numbers."
             )
         object.__setattr__(self, "comparisons", given)
+        for name, content in self.samples.items():
+            if not re.fullmatch(r"[a-z0-9_-]+\.(png|wav)", name) or not isinstance(content, bytes):
+                raise checks.ArgumentError(
+                    f"samples has {name!r} with a {type(content).__name__}; allowed: bytes under names of small letters, "
+                    "digits, - and _ that end in .png or .wav. Rename it."
+                )
 
     @property
     def holds(self) -> bool:

@@ -7,6 +7,7 @@ shown as images, in which no script runs.
 from __future__ import annotations
 
 import os
+import re
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
@@ -110,11 +111,23 @@ def _card(record: PaperRecord, out: Path) -> dict[str, Any]:
         "figure": figure
         if outcome is not None and outcome.get("figure") and (out / figure).exists()
         else None,
+        "samples": _samples(outcome, record.key, out),
         "source": _pointer(source),
         "reproduction": _pointer(record.path),
         "needs": words(record.needs),
         "inputs": words(record.input),
     }
+
+
+def _samples(outcome: dict[str, Any] | None, key: str, out: Path) -> list[dict[str, str]]:
+    """Return the samples that a result names and that are there, with what to call them."""
+    named = [n for n in (outcome or {}).get("samples", []) if re.fullmatch(r"[a-z0-9_-]+\.(png|wav)", str(n))]
+    paths = [(n, f"results/{key}.{n}") for n in named]
+    return [
+        {"path": path, "kind": n[-3:], "name": n[:-4].replace("_", " ").replace("-", " ")}
+        for n, path in paths
+        if (out / path).exists()
+    ]
 
 
 def _pointer(path: Path | None) -> str | None:

@@ -6,6 +6,7 @@ with it, and both work alike on this machine and on a cluster.
 
 from __future__ import annotations
 
+import base64
 import hashlib
 import json
 import os
@@ -52,7 +53,8 @@ def run_papers(
     records : sequence of PaperRecord
         What to run.
     out : Path
-        Folder of the results: ``results/KEY.json`` and, where there is a figure, ``results/KEY.svg``.
+        Folder of the results: ``results/KEY.json`` and, where there is a figure, ``results/KEY.svg``;
+        samples stand beside them, as ``results/KEY.NAME.png``.
     seed : int
         Seed of every run.
     jobs : int
@@ -307,11 +309,19 @@ def _failed(record: PaperRecord, error: str, seed: int) -> Outcome:
 
 
 def _empty(error: str) -> Outcome:
-    return {"holds": False, "error": error, "seconds": 0.0, "comparisons": [], "notes": "", "svg": None}
+    return {
+        "holds": False,
+        "error": error,
+        "seconds": 0.0,
+        "comparisons": [],
+        "notes": "",
+        "svg": None,
+        "samples": {},
+    }
 
 
 def _save(out: Path, outcome: Outcome) -> None:
-    """Write figure and result, each first under another name so that an interruption leaves no half file."""
+    """Write figure, samples and result, each first under another name so that an interruption leaves no half file."""
     folder = out / "results"
     folder.mkdir(parents=True, exist_ok=True)
     svg = outcome.pop("svg", None)
@@ -320,11 +330,19 @@ def _save(out: Path, outcome: Outcome) -> None:
     if svg is None:
         picture.unlink(missing_ok=True)
     else:
-        _write(picture, svg)
-    _write(folder / f"{outcome['key']}.json", json.dumps(outcome, indent=1, allow_nan=False) + "\n")
+        _write(picture, svg.encode())
+    key = outcome["key"]
+    for kind in ("png", "wav"):
+        for old in folder.glob(f"{key}.*.{kind}"):
+            old.unlink()
+    samples = outcome.pop("samples", {})
+    outcome["samples"] = sorted(samples)
+    for name, content in samples.items():
+        _write(folder / f"{key}.{name}", base64.b64decode(content))
+    _write(folder / f"{key}.json", (json.dumps(outcome, indent=1, allow_nan=False) + "\n").encode())
 
 
-def _write(path: Path, text: str) -> None:
+def _write(path: Path, content: bytes) -> None:
     unfinished = path.with_name(f".{path.name}.{os.getpid()}")
-    unfinished.write_text(text, encoding="utf-8")
+    unfinished.write_bytes(content)
     unfinished.replace(path)

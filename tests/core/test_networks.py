@@ -85,7 +85,7 @@ def test_loss_counts_the_networks_own_answer_alike_at_every_level():
     assert abs(losses[1] - losses[0] - 1) < 0.03
 
 
-@pytest.mark.parametrize("levels", ["log-uniform", "uniform"])
+@pytest.mark.parametrize("levels", ["log-uniform", "log-normal", "uniform"])
 def test_it_learns_a_gaussian_mean(levels):
     g = torch.Generator().manual_seed(8)
     x0 = 2.0 + 0.1 * randn((512, 1), generator=g)

@@ -39,3 +39,6 @@ from .samplers.restoration_degradation import FlowError as FlowError
 from .samplers.restoration_degradation import ForwardSDE as ForwardSDE
 from .samplers.restoration_degradation import probability_flow_error as probability_flow_error
 from .samplers.restoration_degradation import sample_restoration_degradation as sample_restoration_degradation
+from .training.input_perturbation import ExposureBias as ExposureBias
+from .training.input_perturbation import exposure_bias as exposure_bias
+from .training.input_perturbation import input_perturbation_loss as input_perturbation_loss

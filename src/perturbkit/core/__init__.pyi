@@ -17,6 +17,7 @@ from .curvature import vector_jacobian as vector_jacobian
 from .networks import Preconditioned as Preconditioned
 from .networks import SmallUNet as SmallUNet
 from .networks import TimeMLP as TimeMLP
+from .networks import edm_scalings as edm_scalings
 from .noise import CosineSchedule as CosineSchedule
 from .noise import Denoiser as Denoiser
 from .noise import DiscreteSchedule as DiscreteSchedule

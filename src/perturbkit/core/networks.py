@@ -16,7 +16,7 @@ from perturbkit.core import checks
 from perturbkit.core.noise import Denoiser, Schedule
 from perturbkit.core.random import randn, uniform
 
-__all__ = ["Preconditioned", "SmallUNet", "TimeMLP"]
+__all__ = ["Preconditioned", "SmallUNet", "TimeMLP", "edm_scalings"]
 
 
 class _TimeFeatures(nn.Module):
@@ -248,14 +248,9 @@ class Preconditioned(nn.Module):
         self.data_std = checks.positive("data_std", data_std)
 
     def forward(self, x: Tensor, t: Tensor | float, condition: Tensor | None = None) -> Tensor:
-        t = _row_times(t, x)
-        lam = self.schedule.lam(t).to(x)
-        level = _along(lam, x)
-        z = x / _along(self.schedule.alpha(t).to(x), x)
-        total = level**2 + self.data_std**2
+        inner, level, kept, gain = edm_scalings(x, t, self.schedule, self.data_std)
         given = () if condition is None else (condition,)
-        answer = self.network(z / total.sqrt(), lam.log(), *given)
-        return (self.data_std**2 / total) * z + (level * self.data_std / total.sqrt()) * answer
+        return kept + gain * self.network(inner, level, *given)
 
     def loss(
         self,
@@ -306,6 +301,43 @@ class Preconditioned(nn.Module):
     def denoiser(self) -> Denoiser:
         """Return the network as samplers take it."""
         return Denoiser(self, self.schedule, predicts="x0")
+
+
+def edm_scalings(
+    x: Tensor, t: Tensor | float, schedule: Schedule, data_std: float
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Return what :class:`Preconditioned` gives its network and does with the answer.
+
+    Parameters
+    ----------
+    x : Tensor, shape (n, ...)
+        States.
+    t : Tensor of shape (n,) or float
+        Their times.
+    schedule : Schedule
+        Their schedule.
+    data_std : float
+        Deviation of the data.
+
+    Returns
+    -------
+    (Tensor, Tensor, Tensor, Tensor)
+        The network's input, the logarithm of its noise level of shape (n,), and two terms of which the clean data is
+        ``kept + gain * answer``.
+
+    Examples
+    --------
+    >>> from perturbkit.core import EDMSchedule
+    >>> inner, level, kept, gain = edm_scalings(torch.full((1, 1), 2.0), 1.0, EDMSchedule(), 1.0)
+    >>> [round(float(v), 3) for v in (inner, level, kept, gain)]
+    [1.414, 0.0, 1.0, 0.707]
+    """
+    t = _row_times(t, x)
+    lam = schedule.lam(t).to(x)
+    level = _along(lam, x)
+    z = x / _along(schedule.alpha(t).to(x), x)
+    total = level**2 + data_std**2
+    return z / total.sqrt(), lam.log(), (data_std**2 / total) * z, level * data_std / total.sqrt()
 
 
 def _row_times(t: Tensor | float, x: Tensor) -> Tensor:

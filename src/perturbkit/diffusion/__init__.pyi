@@ -39,6 +39,11 @@ from .samplers.restoration_degradation import FlowError as FlowError
 from .samplers.restoration_degradation import ForwardSDE as ForwardSDE
 from .samplers.restoration_degradation import probability_flow_error as probability_flow_error
 from .samplers.restoration_degradation import sample_restoration_degradation as sample_restoration_degradation
+from .training.fixed_point_diffusion import FixedPointDenoiser as FixedPointDenoiser
+from .training.fixed_point_diffusion import sample_fixed_point as sample_fixed_point
+from .training.fixed_point_diffusion import stochastic_jfb_loss as stochastic_jfb_loss
+from .training.idempotent_generator import IdempotentGenerator as IdempotentGenerator
+from .training.idempotent_generator import idempotent_losses as idempotent_losses
 from .training.input_perturbation import ExposureBias as ExposureBias
 from .training.input_perturbation import exposure_bias as exposure_bias
 from .training.input_perturbation import input_perturbation_loss as input_perturbation_loss

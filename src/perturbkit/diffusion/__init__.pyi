@@ -14,6 +14,12 @@ from .analysis.score_sampling_bounds import decreasing_times as decreasing_times
 from .analysis.score_sampling_bounds import path_kl as path_kl
 from .analysis.score_sampling_bounds import sample_reverse_sde as sample_reverse_sde
 from .analysis.score_sampling_bounds import sampling_kl_bound as sampling_kl_bound
+from .audio.linear_sde_audio import LinearSDE as LinearSDE
+from .audio.linear_sde_audio import WaveScoreNet as WaveScoreNet
+from .audio.linear_sde_audio import mel_spectrogram as mel_spectrogram
+from .audio.sgmse import MeanRevertingDiffusion as MeanRevertingDiffusion
+from .audio.sgmse import complex_stft as complex_stft
+from .audio.sgmse import complex_stft_inverse as complex_stft_inverse
 from .gradients.adjoint_dpm import adjoint_sample as adjoint_sample
 from .gradients.implicit_diffusion import ImplicitDenoising as ImplicitDenoising
 from .gradients.implicit_diffusion import ImplicitDiffusion as ImplicitDiffusion
@@ -47,3 +53,6 @@ from .training.idempotent_generator import idempotent_losses as idempotent_losse
 from .training.input_perturbation import ExposureBias as ExposureBias
 from .training.input_perturbation import exposure_bias as exposure_bias
 from .training.input_perturbation import input_perturbation_loss as input_perturbation_loss
+from .training.learned_schedule import LearnedSchedule as LearnedSchedule
+from .training.learned_schedule import cvdm_loss as cvdm_loss
+from .training.learned_schedule import sample_cvdm as sample_cvdm

@@ -1,0 +1,1 @@
+"""Waves and spectrograms: linear stochastic equations for generation given a condition, mean-reverting ones for enhancement."""

@@ -1,0 +1,40 @@
+"""What both methods use: the Langevin corrector, and short-time spectra."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from perturbkit.core.random import randn
+
+__all__ = ["langevin_step", "like_noise", "window"]
+
+
+def langevin_step(
+    x: Tensor, score: Callable[[Tensor], Tensor], snr: float, generator: torch.Generator
+) -> Tensor:
+    """Move states (n, ...) by one step of Langevin dynamics of a size set row by row.
+
+    The step is ``2 (snr |z| / |s|)^2``, with the norms of that row's noise and score.
+    """
+    s, z = score(x), like_noise(x, generator)
+    ratio = z.flatten(1).abs().square().sum(1).sqrt() / s.flatten(1).abs().square().sum(1).sqrt().clamp_min(
+        1e-12
+    )
+    step = (2 * (snr * ratio) ** 2).reshape(-1, *[1] * (x.ndim - 1))
+    return x + step * s + (2 * step).sqrt() * z
+
+
+def like_noise(x: Tensor, generator: torch.Generator) -> Tensor:
+    """Draw standard normal noise in the shape of ``x``; of complex ones both parts have variance one half."""
+    if not x.is_complex():
+        return randn(x.shape, generator=generator, like=x)
+    parts = randn((*x.shape, 2), generator=generator, like=x.real)
+    return torch.view_as_complex(parts) * 0.5**0.5
+
+
+def window(n_fft: int, like: Tensor) -> Tensor:
+    """Return the Hann window of a length."""
+    return torch.hann_window(n_fft, dtype=like.dtype, device=like.device)

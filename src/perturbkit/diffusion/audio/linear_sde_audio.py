@@ -1,0 +1,450 @@
+"""Any linear stochastic equation as a noise process, for audio given a condition: text features to spectra, spectra to waves.
+
+Use it where a drift and a diffusion are given rather than a schedule; it is a schedule, too, for every sampler of the library.
+Wu and Shi (2021), ItôTTS and ItôWave: Linear Stochastic Differential Equation Is All You Need For Audio Generation,
+arXiv:2105.07583.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Self
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from perturbkit.core import Cost, SampleResult, Schedule, checks
+from perturbkit.core.random import Seed, as_generator, randn, uniform
+from perturbkit.diffusion.audio._parts import langevin_step, window
+
+__all__ = ["LinearSDE", "WaveScoreNet", "mel_spectrogram"]
+
+TimeFunction = Callable[[Tensor], Tensor]
+Score = Callable[..., Tensor]
+_CELLS, _NODES = 512, 8
+
+
+class LinearSDE(Schedule):
+    """The equation ``dX = f(t) X dt + g(t) dW`` from data at t = 0 to noise at the horizon.
+
+    Parameters
+    ----------
+    drift, diffusion : callable
+        ``f`` and ``g`` of tensors of float64 times; ``g`` is positive after t = 0.
+    horizon : float
+        The last time, positive.
+
+    Raises
+    ------
+    ArgumentError, ArgumentTypeError
+        If a function is not one or gives numbers that are not finite.
+
+    Notes
+    -----
+    With ``F(t) = int_0^t f`` and ``V(t) = int_0^t e^(-2 F) g^2``, the transition from ``x0`` is
+
+        N(e^F x0, e^(2 F) V),
+
+    so ``alpha = e^F``, ``sigma = e^F sqrt(V)`` and ``lam = sqrt(V)``. The integrals are Gauss-Legendre sums over 512 cells of 8 nodes,
+    exact to rounding for smooth functions.
+
+    References
+    ----------
+    Wu and Shi (2021), arXiv:2105.07583, section 3; Song et al. (2021), arXiv:2011.13456, appendix B.
+
+    Examples
+    --------
+    >>> sde = LinearSDE(lambda t: -torch.ones_like(t), lambda t: 2**0.5 * torch.ones_like(t), horizon=4.0)
+    >>> mean, std = sde.transition(torch.ones(1, 1, dtype=torch.float64), 1.0)
+    >>> round(float(mean), 4), round(float(std), 4)
+    (0.3679, 0.9298)
+    """
+
+    def __init__(self, drift: TimeFunction, diffusion: TimeFunction, *, horizon: float = 1.0) -> None:
+        if not callable(drift) or not callable(diffusion):
+            raise checks.ArgumentTypeError(
+                f"drift is a {type(drift).__name__} and diffusion a {type(diffusion).__name__}; allowed: functions of a tensor of "
+                "times. Pass for instance LinearSDE.vp()."
+            )
+        self.t_max = checks.positive("horizon", horizon)
+        self.drift, self.diffusion = drift, diffusion
+        nodes, weights = np.polynomial.legendre.leggauss(_NODES)
+        self._nodes, self._weights = torch.from_numpy((nodes + 1) / 2), torch.from_numpy(weights / 2)
+        self._edges = torch.linspace(0, horizon, _CELLS + 1, dtype=torch.float64)
+        cell = self._edges.diff()
+        zero = torch.zeros(1, dtype=torch.float64)
+        self._log_alpha = torch.cat([zero, (cell * self._mean(drift, self._edges[:-1], cell)).cumsum(0)])
+        self._variance = torch.cat([zero, self._variance_over(torch.arange(_CELLS), cell).cumsum(0)])
+        if not bool(torch.isfinite(self._log_alpha).all() & torch.isfinite(self._variance).all()):
+            raise checks.ArgumentError(
+                f"drift and diffusion are not finite everywhere on [0, {horizon:g}]; allowed: functions whose integrals are finite. "
+                "Shorten the horizon."
+            )
+        if not bool((self._variance.diff() > 0).all()):
+            raise checks.ArgumentError(
+                "diffusion is zero over a stretch of time; allowed: noise that grows. Change it."
+            )
+
+    @classmethod
+    def vp(cls, beta_min: float = 0.1, beta_max: float = 20.0) -> Self:
+        """Return the variance-preserving equation: ``f = -beta / 2``, ``g^2 = beta`` for a rate linear in time."""
+        beta = _line(beta_min, beta_max)
+        return cls(lambda t: -beta(t) / 2, lambda t: beta(t).sqrt())
+
+    @classmethod
+    def ve(cls, sigma_min: float = 0.01, sigma_max: float = 10.0) -> Self:
+        """Return the variance-exploding equation: no drift, total deviation from 0 to nearly ``sigma_max``."""
+        low = checks.positive("sigma_min", sigma_min)
+        high = checks.between("sigma_max", sigma_max, low, math.inf, inclusive="neither")
+        rate = math.log(high / low)
+        return cls(torch.zeros_like, lambda t: low * (rate * t).exp() * math.sqrt(2 * rate))
+
+    @classmethod
+    def sub_vp(cls, beta_min: float = 0.1, beta_max: float = 20.0) -> Self:
+        """Return the equation with ``f = -beta / 2`` and less noise, ``g^2 = beta (1 - e^(-2 int beta))``."""
+        beta = _line(beta_min, beta_max)
+
+        def diffusion(t: Tensor) -> Tensor:
+            whole = beta_min * t + (beta_max - beta_min) * t**2 / 2
+            return (beta(t) * -torch.expm1(-2 * whole)).sqrt()
+
+        return cls(lambda t: -beta(t) / 2, diffusion)
+
+    def log_alpha(self, t: Tensor | float) -> Tensor:
+        t, cell, since = self._place(t)
+        edge = self._edges.to(t.device)[cell]
+        part = since * self._mean(self.drift, edge, since)
+        return (self._log_alpha.to(t.device)[cell] + part).to(t.dtype)
+
+    def lam(self, t: Tensor | float) -> Tensor:
+        t, cell, since = self._place(t)
+        within = self._variance_over(cell, since)
+        return (self._variance.to(t.device)[cell] + within).clamp_min(0).sqrt().to(t.dtype)
+
+    def sigma(self, t: Tensor | float) -> Tensor:
+        return self.alpha(t) * self.lam(t)
+
+    def rates(self, t: Tensor | float) -> tuple[Tensor, Tensor]:
+        t = torch.as_tensor(t, dtype=torch.float64) if not isinstance(t, Tensor) else t
+        f, g = self.drift(t.double()).to(t.dtype), self.diffusion(t.double()).to(t.dtype)
+        alpha, sigma = self.alpha(t), self.sigma(t)
+        return f * alpha, f * sigma + g**2 / (2 * sigma)
+
+    def time(self, lam: Tensor | float) -> Tensor:
+        wanted = torch.as_tensor(lam, dtype=torch.float64) ** 2
+        table = self._variance.to(wanted.device)
+        cell = (torch.searchsorted(table, wanted.contiguous()) - 1).clamp(0, _CELLS - 1)
+        edge, width = self._edges.to(wanted.device)[cell], self.t_max / _CELLS
+        low, high = torch.zeros_like(wanted), torch.full_like(wanted, width)
+        since = width * ((wanted - table[cell]) / (table[cell + 1] - table[cell])).clamp(0, 1)
+        for _ in range(60):  # Newton, kept between ends that close in
+            excess = table[cell] + self._variance_over(cell, since) - wanted
+            low, high = torch.where(excess < 0, since, low), torch.where(excess > 0, since, high)
+            slope = self._integrand(edge + since)
+            newton = since - excess / slope
+            since = torch.where((newton > low) & (newton < high), newton, (low + high) / 2)
+            if bool(((high - low) < 1e-15 * self.t_max).all() | (excess.abs() <= 1e-15 * wanted).all()):
+                break
+        return (edge + since).to(lam.dtype if isinstance(lam, Tensor) else torch.float64)
+
+    def transition(self, x0: Tensor, t: Tensor | float) -> tuple[Tensor, Tensor]:
+        """Return mean (n, ...) and deviation of the state at time ``t``, one for all rows or one a row."""
+        checks.tensor("x0", x0)
+        shape = (-1, *[1] * (x0.ndim - 1)) if isinstance(t, Tensor) and t.ndim else ()
+        alpha, sigma = (v.to(x0.device).reshape(shape) for v in (self.alpha(t), self.sigma(t)))
+        return alpha.to(x0.dtype) * x0, sigma.to(x0.dtype)
+
+    def loss(
+        self,
+        score_net: Score,
+        x0: Tensor,
+        condition: Tensor | None = None,
+        *,
+        generator: Seed = None,
+        t_min: float = 1e-3,
+    ) -> Tensor:
+        """Return the denoising score matching loss of a batch.
+
+        Parameters
+        ----------
+        score_net : callable
+            ``score_net(x, t, condition) -> Tensor`` in the shape of ``x``, times of shape (n,).
+        x0 : Tensor, shape (n, ...)
+            Clean data.
+        condition : Tensor, optional
+            One a row, as the network takes it.
+        generator : torch.Generator, int or None
+            Source of times, uniform from ``t_min`` to the horizon, and noise.
+        t_min : float
+            The first time, positive.
+
+        Returns
+        -------
+        Tensor
+            Mean of ``var(t) (s + (x_t - mean) / var)^2``, with its graph.
+        """
+        checks.tensor("x0", x0)
+        checks.between("t_min", t_min, 0, self.t_max, inclusive="neither")
+        g = as_generator(generator)
+        t = uniform((len(x0),), t_min, self.t_max, generator=g, like=x0)
+        mean, std = self.transition(x0, t)
+        z = randn(x0.shape, generator=g, like=x0)
+        return (std * score_net(mean + std * z, t, condition) + z).square().mean()
+
+    def prior(self, shape: tuple[int, ...], *, generator: Seed = None, like: Tensor | None = None) -> Tensor:
+        """Draw what is left of data at the horizon: noise of deviation ``sigma(horizon)``, in float32 unless ``like`` says otherwise."""
+        made = randn(shape, generator=as_generator(generator), like=like)
+        return float(self.sigma(self.t_max)) * made
+
+    def reverse_sample(
+        self,
+        score: Score,
+        x: Tensor,
+        times: Tensor,
+        condition: Tensor | None = None,
+        *,
+        corrector_steps: int = 1,
+        snr: float = 0.1,
+        deterministic: bool = False,
+        generator: Seed = None,
+        callback: Callable[[int, Tensor], None] | None = None,
+    ) -> SampleResult:
+        """Follow the reverse equation from noise to data.
+
+        Parameters
+        ----------
+        score : callable
+            ``score(x, t, condition)`` with times of shape (n,).
+        x : Tensor, shape (n, ...)
+            State at ``times[0]``, as :meth:`prior` draws it.
+        times : Tensor, shape (steps + 1,)
+            Decreasing times, as :meth:`times` gives them.
+        condition : Tensor, optional
+            One a row, the same all along.
+        corrector_steps : int
+            Langevin steps after each step, at least 0.
+        snr : float
+            Their size, positive: noise against score, with the norms of each row.
+        deterministic : bool
+            Whether to follow the probability flow ``dx/dt = f x - g^2 s / 2`` instead.
+        generator : torch.Generator, int or None
+            Source of the noise.
+        callback : callable, optional
+            Called as ``callback(i, x)`` after step ``i``.
+
+        Returns
+        -------
+        SampleResult
+            ``x`` at ``times[-1]``, without the noise of the last step.
+
+        Raises
+        ------
+        ArgumentError, ArgumentTypeError
+            If the state or the times are not allowed.
+
+        Notes
+        -----
+        Euler-Maruyama for ``dX = (f X - g^2 s) dt + g dW`` backwards.
+
+        Cost: ``1 + corrector_steps`` calls of the score a step.
+        """
+        checks.tensor("x", x)
+        _check_times(times, self.t_max)
+        checks.integer("corrector_steps", corrector_steps, low=0)
+        checks.positive("snr", snr)
+        g = as_generator(generator)
+        grid = times.detach().to("cpu", torch.float64)
+        drift, diffusion = self.drift(grid).tolist(), self.diffusion(grid).tolist()
+        calls = 0
+
+        def at(t: float) -> Callable[[Tensor], Tensor]:
+            def scored(x: Tensor) -> Tensor:
+                nonlocal calls
+                calls += 1
+                return score(x, x.new_full((len(x),), t), condition)
+
+            return scored
+
+        with torch.no_grad():
+            for i in range(len(grid) - 1):
+                h = float(grid[i] - grid[i + 1])
+                pull = diffusion[i] ** 2 * (0.5 if deterministic else 1.0)
+                x = x + h * (pull * at(float(grid[i]))(x) - drift[i] * x)
+                last = i == len(grid) - 2
+                if not (last or deterministic):
+                    x = x + diffusion[i] * math.sqrt(h) * randn(x.shape, generator=g, like=x)
+                    for _ in range(corrector_steps):
+                        x = langevin_step(x, at(float(grid[i + 1])), snr, g)
+                if callback is not None:
+                    callback(i, x)
+        return SampleResult(x, grid, Cost(nfev=calls * len(x)))
+
+    def _place(self, t: Tensor | float) -> tuple[Tensor, Tensor, Tensor]:
+        """Return the time, its cell and how far it is inside."""
+        time = t if isinstance(t, Tensor) else torch.tensor(t, dtype=torch.float64)
+        exact = time.double()
+        cell = (exact / self.t_max * _CELLS).floor().long().clamp(0, _CELLS - 1)
+        return time, cell, exact - self._edges.to(time.device)[cell]
+
+    def _mean(self, function: TimeFunction, start: Tensor, length: Tensor) -> Tensor:
+        """Mean of a function over [start, start + length]."""
+        nodes, weights = self._nodes.to(start.device), self._weights.to(start.device)
+        return function(start[..., None] + length[..., None] * nodes) @ weights
+
+    def _variance_over(self, cell: Tensor, length: Tensor) -> Tensor:
+        """Integral of ``e^(-2 F) g^2`` over the first part of a cell."""
+        return length * self._mean(self._integrand, self._edges.to(cell.device)[cell], length)
+
+    def _integrand(self, t: Tensor) -> Tensor:
+        return (-2 * self.log_alpha(t)).exp() * self.diffusion(t).square()
+
+
+class WaveScoreNet(nn.Module):
+    """A stack of gated dilated convolutions that scores a wave given its mel spectrogram.
+
+    Parameters
+    ----------
+    mel_bands : int
+        Bands of the spectrogram, at least 1.
+    channels : int
+        Channels of the stack.
+    layers : int
+        Layers; their dilations are 1, 2, 4, ... up to 128 and again.
+
+    Raises
+    ------
+    ArgumentError
+        If a size is not positive.
+
+    Notes
+    -----
+    ``forward(x, t, mel)`` takes waves (n, length), times (n,) in [0, 1] and log-mel spectra (n, bands, frames), which are
+    stretched to the length; it answers (n, length). Each layer adds time and spectrum before its gate; the answers of all are summed.
+
+    References
+    ----------
+    Kong et al. (2021), arXiv:2009.09761, whose network has this form; Wu and Shi (2021), arXiv:2105.07583, section 4.
+
+    Examples
+    --------
+    >>> net = WaveScoreNet(4, channels=8, layers=2)
+    >>> net(torch.zeros(3, 64), torch.rand(3), torch.zeros(3, 4, 5)).shape
+    torch.Size([3, 64])
+    """
+
+    rates: Tensor
+
+    def __init__(self, mel_bands: int, channels: int = 32, layers: int = 8) -> None:
+        super().__init__()
+        for name, value in (("mel_bands", mel_bands), ("channels", channels), ("layers", layers)):
+            checks.integer(name, value, low=1)
+        self.register_buffer("rates", torch.logspace(-1, 2, 16))
+        self.time = nn.Sequential(
+            nn.Linear(32, channels), nn.SiLU(), nn.Linear(channels, channels), nn.SiLU()
+        )
+        self.first = nn.Conv1d(1, channels, 1)
+        dilations = [2 ** (i % 8) for i in range(layers)]
+        self.times = nn.ModuleList(nn.Linear(channels, channels) for _ in dilations)
+        self.wide = nn.ModuleList(
+            nn.Conv1d(channels, 2 * channels, 3, padding=d, dilation=d) for d in dilations
+        )
+        self.mels = nn.ModuleList(nn.Conv1d(mel_bands, 2 * channels, 1) for _ in dilations)
+        self.out = nn.ModuleList(nn.Conv1d(channels, 2 * channels, 1) for _ in dilations)
+        self.last = nn.Sequential(
+            nn.ReLU(), nn.Conv1d(channels, channels, 1), nn.ReLU(), nn.Conv1d(channels, 1, 1)
+        )
+
+    def forward(self, x: Tensor, t: Tensor, mel: Tensor) -> Tensor:
+        angles = t[:, None] * self.rates
+        time = self.time(torch.cat([angles.sin(), angles.cos()], 1))
+        stretched = nn.functional.interpolate(mel, size=x.shape[1], mode="linear", align_corners=False)
+        h = nn.functional.relu(self.first(x[:, None]))
+        total = torch.zeros_like(h)
+        for when, wide, spectrum, out in zip(self.times, self.wide, self.mels, self.out, strict=True):
+            content, gate = (wide(h + when(time)[:, :, None]) + spectrum(stretched)).chunk(2, 1)
+            kept, skipped = out(content.tanh() * gate.sigmoid()).chunk(2, 1)
+            h = (h + kept) / math.sqrt(2)
+            total = total + skipped
+        return self.last(total / math.sqrt(len(self.times)))[:, 0]
+
+
+def mel_spectrogram(
+    wave: Tensor, rate: int, *, n_fft: int = 256, hop: int = 64, bands: int = 20, floor: float = 1e-5
+) -> Tensor:
+    """Return the logarithm of power in bands that are even on the mel scale.
+
+    Parameters
+    ----------
+    wave : Tensor, shape (n, length)
+        Real waves, longer than half of ``n_fft``.
+    rate : int
+        Samples a second, positive.
+    n_fft, hop : int
+        Window and step in samples.
+    bands : int
+        Bands from 0 to half of the rate.
+    floor : float
+        Least power.
+
+    Returns
+    -------
+    Tensor, shape (n, bands, 1 + length // hop)
+        Natural logarithms.
+
+    Raises
+    ------
+    ArgumentError, ArgumentTypeError
+        If a size is not allowed.
+
+    Notes
+    -----
+    Power of the short-time spectrum (Hann window, reflected ends) under triangles between neighbouring points of the scale
+    ``m = 2595 log10(1 + f / 700)``.
+
+    Examples
+    --------
+    >>> mel_spectrogram(torch.zeros(2, 512), 4000).shape
+    torch.Size([2, 20, 9])
+    """
+    checks.tensor("wave", wave, ndim=2)
+    for name, value in (("rate", rate), ("n_fft", n_fft), ("hop", hop), ("bands", bands)):
+        checks.integer(name, value, low=1)
+    checks.positive("floor", floor)
+    if wave.shape[1] <= n_fft // 2:
+        raise checks.ArgumentError(
+            f"wave has {wave.shape[1]} samples; allowed: more than {n_fft // 2}, half of n_fft. Shorten it."
+        )
+    spectrum = torch.stft(wave, n_fft, hop, window=window(n_fft, wave), return_complex=True)
+    return (_triangles(rate, n_fft, bands, wave) @ spectrum.abs().square()).clamp_min(floor).log()
+
+
+def _triangles(rate: int, n_fft: int, bands: int, like: Tensor) -> Tensor:
+    """Weights of the frequencies in each band, (bands, n_fft // 2 + 1)."""
+    top = 2595 * math.log10(1 + rate / 2 / 700)
+    points = 700 * (10 ** (torch.linspace(0, top, bands + 2, dtype=torch.float64) / 2595) - 1)
+    frequencies = torch.linspace(0, rate / 2, n_fft // 2 + 1, dtype=torch.float64)
+    rising = (frequencies - points[:-2, None]) / points.diff()[:-1, None]
+    falling = (points[2:, None] - frequencies) / points.diff()[1:, None]
+    return torch.minimum(rising, falling).clamp_min(0).to(like)
+
+
+def _line(low: float, high: float) -> TimeFunction:
+    checks.positive("beta_min", low)
+    checks.between("beta_max", high, low, math.inf, inclusive="neither")
+    return lambda t: low + t * (high - low)
+
+
+def _check_times(times: Tensor, last: float) -> None:
+    checks.tensor("times", times, ndim=1)
+    if (
+        len(times) < 2
+        or not bool((times.diff() < 0).all())
+        or float(times[-1]) <= 0
+        or float(times[0]) > last * (1 + 1e-9)
+    ):
+        raise checks.ArgumentError(
+            f"times has {len(times)} values from {float(times[0]):g} to {float(times[-1]):g}; allowed: at least two, strictly "
+            f"decreasing, above zero and at most {last:g}. Use sde.times(n_steps)."
+        )

@@ -8,6 +8,7 @@ from torch import nn
 
 from _common import Example
 from perturbkit.core import checks
+from perturbkit.core.random import randn
 from perturbkit.optim import (
     PSGD,
     HessianFitter,
@@ -49,6 +50,7 @@ EXAMPLE = Example(
         (lambda: HessianFitter((2, 2)), "shape has 2 sides"),
         (lambda: HessianFitter(2, rate=0.0), "rate is 0"),
         (lambda: HessianFitter(2, init_scale=0.0), "init_scale is 0"),
+        (lambda: HessianFitter(2, "low_rank", rank=0), "rank is 0"),
         (lambda: HessianFitter(2).update(torch.ones(3), ONE), "v"),
         (lambda: HessianFitter(2).apply(torch.ones(3)), "g"),
         (lambda: fitting_criterion(torch.eye(2), torch.ones(1, 3), torch.ones(1, 3)), "v"),
@@ -127,6 +129,70 @@ def test_products_of_two_are_fitted_by_two_factors():
     x = torch.randn(3, 4, generator=g, dtype=torch.float64)
     torch.testing.assert_close(fitter.apply(x).reshape(-1), fitter.preconditioner() @ x.reshape(-1))
     assert torch.equal(fitter.factors[0], torch.triu(fitter.factors[0]))
+
+
+@pytest.mark.parametrize("turn", [0, 1], ids=["first", "second"])
+def test_one_low_rank_update_is_the_relative_gradient_of_each_factor(turn):
+    g = torch.Generator().manual_seed(21)
+    n, r, rate = 6, 2, 1e-3
+    fitter = HessianFitter(n, "low_rank", rank=r, rate=rate, generator=3, dtype=torch.float64)
+    for q in fitter.factors:
+        q.copy_(0.5 + randn(q.shape, generator=g, dtype=torch.float64).abs())
+    fitter._n_updates = turn
+    v, h = (randn((n,), generator=g, dtype=torch.float64) for _ in range(2))
+    d, left, right = (q.clone() for q in fitter.factors)
+
+    def criterion(outer, scale):
+        """Of Q perturbed: from the left inside the group of the moving factor, from the right by the diagonal."""
+        move = outer @ right.T if turn == 0 else left @ outer.T
+        q = (
+            (torch.eye(n, dtype=torch.float64) + move)
+            @ (torch.eye(n, dtype=torch.float64) + left @ right.T)
+            @ torch.diag(d * scale)
+        )
+        p = q.T @ q
+        return h @ p @ h + v @ torch.linalg.solve(p, v)
+
+    outer = torch.zeros(n, r, dtype=torch.float64, requires_grad=True)
+    scale = torch.ones(n, dtype=torch.float64, requires_grad=True)
+    by_outer, by_scale = torch.autograd.grad(criterion(outer, scale), [outer, scale])
+    before = torch.eye(n, dtype=torch.float64) + left @ right.T
+    fitter.update(v, h)
+    found_d, found_left, found_right = fitter.factors
+    # The moved factor's group element is (I - c E) times the old one, E along the gradient.
+    moved = torch.eye(n, dtype=torch.float64) + found_left @ found_right.T
+    relative = (moved - before) @ torch.linalg.inv(before)
+    expected = -(by_outer @ right.T if turn == 0 else left @ by_outer.T)
+    assert float((relative * expected).sum() / relative.norm() / expected.norm()) > 1 - 1e-6
+    assert float(torch.cosine_similarity(found_d / d - 1, -by_scale, dim=0)) > 1 - 1e-9
+    assert float((found_d / d - 1).abs().max()) <= rate * (1 + 1e-9)
+    torch.testing.assert_close(found_left.norm(), found_right.norm())
+
+
+def test_a_low_rank_is_found_where_a_diagonal_is_not_enough():
+    g = torch.Generator().manual_seed(5)
+    n = 12
+    scale = torch.linspace(0.5, 2.0, n, dtype=torch.float64)
+    spike = randn((n, 1), generator=g, dtype=torch.float64)
+    # P = Q^T Q with Q of the group, and the Hessian that it inverts.
+    q = (torch.eye(n, dtype=torch.float64) + 0.5 * spike @ spike.T / spike.norm()) @ torch.diag(scale)
+    hessian = torch.linalg.inv(q.T @ q)
+    fitter = HessianFitter(n, "low_rank", rank=4, rate=0.5, generator=1, dtype=torch.float64)
+    plain = HessianFitter(n, "diagonal", rate=0.2, dtype=torch.float64)
+    for _ in range(4000):
+        v = randn((n,), generator=g, dtype=torch.float64)
+        fitter.update(v, hessian @ v)
+        plain.update(v, hessian @ v)
+    errors = [
+        float((f.preconditioner() @ hessian - torch.eye(n, dtype=torch.float64)).norm())
+        for f in (fitter, plain)
+    ]
+    assert errors[0] < 0.02 < 0.2 < errors[1], errors
+    x = randn((n,), generator=g, dtype=torch.float64)
+    torch.testing.assert_close(fitter.apply(x), fitter.preconditioner() @ x)
+    same = [HessianFitter(n, "low_rank", generator=4).factors[1] for _ in range(2)]
+    assert torch.equal(*same)
+    assert HessianFitter(3, "low_rank").factors[1].shape == (3, 3)
 
 
 def test_baselines():

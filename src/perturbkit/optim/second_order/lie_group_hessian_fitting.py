@@ -15,13 +15,19 @@ from torch import Tensor
 
 from perturbkit.core import checks
 from perturbkit.core.optimizers import BaseOptimizer, loss_value
-from perturbkit.core.random import as_generator, mixed_seed, randn
+from perturbkit.core.random import Seed, as_generator, mixed_seed, randn
 from perturbkit.optim.second_order._fits import (
     fit_bfgs,
     fit_closed_form,
     fit_euclidean_gd,
     fit_spd_gd,
     fitting_criterion,
+)
+from perturbkit.optim.second_order._low_rank import (
+    apply_low_rank,
+    dense_low_rank,
+    start_low_rank,
+    update_low_rank,
 )
 
 __all__ = [
@@ -34,8 +40,8 @@ __all__ = [
     "fitting_criterion",
 ]
 
-Group = Literal["dense", "triangular", "diagonal", "kronecker"]
-_GROUPS = ("dense", "triangular", "diagonal", "kronecker")
+Group = Literal["dense", "triangular", "diagonal", "kronecker", "low_rank"]
+_GROUPS = ("dense", "triangular", "diagonal", "kronecker", "low_rank")
 
 
 class HessianFitter:
@@ -45,12 +51,17 @@ class HessianFitter:
     ----------
     shape : int or sequence of int
         Numbers d; for "kronecker" the two sides of a matrix.
-    group : {"dense", "triangular", "diagonal", "kronecker"}
-        What Q is: any matrix, upper triangular, diagonal, or a Kronecker product of two triangular ones.
+    group : {"dense", "triangular", "diagonal", "kronecker", "low_rank"}
+        What Q is: any matrix, upper triangular, diagonal, a Kronecker product of two triangular ones, or
+        :math:`(I + U V^\top) \operatorname{diag}(d)`.
     rate : float
         Step :math:`\mu`, in (0, 1]. Noisy pairs leave a floor in proportion to it.
     init_scale : float
         Multiple of the identity that Q starts from, above 0.
+    rank : int
+        Columns of U and V for "low_rank", at least 1; no more than d are used.
+    generator : torch.Generator, int or None
+        Source of the first U and V, which are small.
     dtype : torch.dtype, optional
         PyTorch's default unless given.
     device : torch.device or str, optional
@@ -71,9 +82,13 @@ class HessianFitter:
 
     of which the triangular group keeps the upper triangle of the bracket and the diagonal one its diagonal over its largest
     entry. For matrices :math:`A = Q_1 H Q_2^\top` and :math:`B = Q_1^{-\top} V Q_2^{-1}`, and :math:`Q_1` moves by the triangle of
-    :math:`A A^\top - B B^\top` over a bound of the norm of their sum, :math:`Q_2` alike.
+    :math:`A A^\top - B B^\top` over a bound of the norm of their sum, :math:`Q_2` alike. Of a low rank,
+    :math:`U \leftarrow U - \mu (a a^\top - b b^\top) V (I + V^\top U)` over a bound and V alike, in turn; the diagonal moves by
+    :math:`(P h) h - (P^{-1} v) v`. Its two factors
+    move at once and only one of them along a group, so that rates near one need not settle: take 0.5 or less, and a rank above
+    the one sought.
 
-    Cost: O(d^2) and a triangular solve a pair (a general solve for "dense"); O(m^3) for an m by m matrix.
+    Cost: O(d^2) and a triangular solve a pair (a general solve for "dense"); O(m^3) for an m by m matrix; O(d r) for rank r.
 
     References
     ----------
@@ -98,6 +113,8 @@ class HessianFitter:
         *,
         rate: float = 0.1,
         init_scale: float = 1.0,
+        rank: int = 10,
+        generator: Seed = None,
         dtype: torch.dtype | None = None,
         device: torch.device | str | None = None,
     ) -> None:
@@ -111,8 +128,13 @@ class HessianFitter:
             )
         self.rate = rate
         sides = [checks.integer("shape", n, low=1) for n in sides]
+        self.shape = tuple(sides)
+        self._n_updates = 0
         options: dict[str, Any] = {"dtype": dtype, "device": device}
-        if group == "diagonal":
+        if group == "low_rank":
+            columns = min(checks.integer("rank", rank, low=1), sides[0])
+            self.factors = start_low_rank(sides[0], columns, init_scale, generator, torch.ones((), **options))
+        elif group == "diagonal":
             self.factors = [init_scale * torch.ones(sides[0], **options)]
         else:
             root = math.sqrt(init_scale) if group == "kronecker" else init_scale
@@ -127,10 +149,13 @@ class HessianFitter:
         v, h : Tensor, shape (d,) or (m, n)
             A standard normal vector, and its product with the Hessian.
         """
-        shape = tuple(len(q) for q in self.factors)
         for name, value in (("v", v), ("h", h)):
-            checks.tensor(name, value, shape=shape)
+            checks.tensor(name, value, shape=self.shape)
         v, h = (x.to(self.factors[0]) for x in (v, h))
+        if self.group == "low_rank":
+            update_low_rank(self.factors, v, h, self.rate, first=self._n_updates % 2 == 0)
+            self._n_updates += 1
+            return
         if self.group == "kronecker":
             self._kronecker(v, h)
             return
@@ -153,7 +178,9 @@ class HessianFitter:
 
     def apply(self, g: Tensor) -> Tensor:
         """Return the preconditioner's product with a gradient of the same shape."""
-        g = checks.tensor("g", g, shape=tuple(len(q) for q in self.factors)).to(self.factors[0])
+        g = checks.tensor("g", g, shape=self.shape).to(self.factors[0])
+        if self.group == "low_rank":
+            return apply_low_rank(self.factors, g)
         if self.group == "diagonal":
             return self.factors[0].square() * g
         if self.group == "kronecker":
@@ -165,6 +192,8 @@ class HessianFitter:
         """Return P, shape (d, d); of flattened matrices, row by row, for "kronecker"."""
         if self.group == "diagonal":
             return torch.diag(self.factors[0].square())
+        if self.group == "low_rank":
+            return dense_low_rank(self.factors)
         grams = [q.T @ q for q in self.factors]
         return grams[0] if len(grams) == 1 else torch.kron(grams[0], grams[1])
 
@@ -295,16 +324,13 @@ class PSGD(BaseOptimizer):
                     )
             for p, v, h in zip(weights, vectors, pairs, strict=True):
                 fitter = self._fitter(p)
-                shape = tuple(len(q) for q in fitter.factors)
                 if bool(h.any()):
-                    fitter.update(v.reshape(shape), h.detach().reshape(shape))
+                    fitter.update(v.reshape(fitter.shape), h.detach().reshape(fitter.shape))
                 self.state[p].update({f"factor{i}": q for i, q in enumerate(fitter.factors)})
         with torch.no_grad():
             for (group, p), grad in zip(members, grads, strict=True):
                 fitter = self._fitter(p)
-                move = fitter.apply(grad.detach().reshape(tuple(len(q) for q in fitter.factors))).reshape(
-                    p.shape
-                )
+                move = fitter.apply(grad.detach().reshape(fitter.shape)).reshape(p.shape)
                 size = move.norm() / math.sqrt(max(p.numel(), 1))
                 p.sub_((move / (size / self._max_norm).clamp(min=1.0)).to(p), alpha=group["lr"])
         return loss.detach()

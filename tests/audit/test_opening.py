@@ -69,6 +69,8 @@ def test_image_folder(here):
         folder = here / "photos" / ("left", "right")[int(label)]
         folder.mkdir(parents=True, exist_ok=True)
         Image.fromarray((picture.permute(1, 2, 0).numpy() * 255).astype(np.uint8)).save(folder / f"{i}.png")
+    (here / "photos" / ".ipynb_checkpoints").mkdir()
+    (here / "photos" / "__MACOSX").mkdir()
     found = open_subject(_subjects.image_model(), str(here / "photos"))
     assert found.classes == ("left", "right")
     assert bool((found.predictions() == found.y).all())
@@ -152,7 +154,7 @@ def test_refused_data(here):
     (here / "header.csv").write_text("a,b,label\n")
     (here / "nolabel.csv").write_text("a,b\n1,2\n3,4\n")
     (here / "words.csv").write_text("a,b,c,label\n1,red,1,0\n2,blue,1,1\n")
-    (here / "half.csv").write_text("a,label\n1,0.5\n2,1\n")
+    (here / "half.csv").write_text("a,b,c,d,label\n1,1,0,0,0.5\n-2,-2,0,0,1\n")
     (here / "odd.txt").write_text("x")
     (here / "p.pkl").write_bytes(b"x")
     np.savez(here / "objects.npz", x=np.array([{}], dtype=object), y=[0])
@@ -165,7 +167,6 @@ def test_refused_data(here):
         "header.csv": "no rows",
         "nolabel.csv": "no column 'label'",
         "words.csv": "text in column 'b'",
-        "half.csv": "not whole numbers",
         "odd.txt": "of kind '.txt'",
         "p.pkl": "a pickle",
         "objects.npz": "could not be read",
@@ -175,6 +176,7 @@ def test_refused_data(here):
     }
     for name, part in cases.items():
         refused(lambda n=name: open_subject(net, n), checks.DataError, part)
+    refused(lambda: open_subject(net, "half.csv"), checks.ModelError, "the targets are not whole", "--label")
 
 
 def test_a_nan_is_named_by_its_column(here):

@@ -145,7 +145,10 @@ def test_a_model_without_gradients_is_attacked_in_random_directions():
 
     found = audit.run(forward_only, _subjects.table(), only=["explain", "attack", "certify"], progress=False)
     assert "random directions" in found["attack"].metric("radius.median").method
-    assert "One method explains" in found["explain"].headline
+    assert "Two methods agree" in found["explain"].headline
+    assert "mean |Shapley sampling|" in found["explain"].table.columns
+    assert "Left out: integrated gradients" in found["explain"].does_not_show
+    assert "Left out: the white-box attack" in found["attack"].does_not_show
     assert "smoothed model" in found["certify"].headline
 
 

@@ -2,6 +2,7 @@ from .attributions import attribute as attribute
 from .attributions import words as words
 from .context import Attributions as Attributions
 from .context import Context as Context
+from .context import Question as Question
 from .demo import demo_subject as demo_subject
 from .finding import Finding as Finding
 from .finding import Metric as Metric
@@ -11,9 +12,9 @@ from .gates import GateResult as GateResult
 from .gates import Judgement as Judgement
 from .gates import judge as judge
 from .gates import read_gates as read_gates
-from .opening import open_data as open_data
-from .opening import open_model as open_model
-from .opening import open_subject as open_subject
+from .opening.data import open_data as open_data
+from .opening.door import open_subject as open_subject
+from .opening.models import open_model as open_model
 from .plan import Plan as Plan
 from .plan import PlannedSection as PlannedSection
 from .plan import make_plan as make_plan

@@ -12,23 +12,32 @@ from torch import Tensor
 from perturbkit.audit.context import Attributions, Context
 from perturbkit.audit.subject import Subject, to_probabilities
 from perturbkit.core import Oracle
-from perturbkit.explain import integrated_gradients, occlusion
+from perturbkit.explain import (
+    DefaultRemoval,
+    Prediction,
+    RemovalExplainer,
+    Shapley,
+    integrated_gradients,
+    occlusion,
+)
 
 __all__ = ["attribute", "words"]
 
 CELLS = 7
+SHAPLEY_ORDERS = 24
 IG_STEPS = {"image": 12, "tabular": 32, "text": 16}
 
 
 def attribute(context: Context) -> Attributions:
-    """Explain the planned rows by occlusion and, where gradients reach the input, integrated gradients."""
+    """Explain the planned rows by occlusion and integrated gradients; tables without a gradient by Shapley sampling."""
     subject = context.subject
     rows = context.correct_rows(context.rows["explain"])
-    target = subject.predictions()[rows]
+    # Of a regression the only output is explained.
+    target = torch.zeros_like(rows) if subject.regression else subject.predictions()[rows]
     if subject.task == "text":
         found = _text(subject, rows, target)
     else:
-        found = _tensor(subject, rows, target)
+        found = _tensor(context, rows, target)
     g = context.generator("random map")
     shape = next(iter(found.maps.values())).shape
     found.maps["random"] = torch.rand(shape, generator=g, dtype=torch.float64)
@@ -38,12 +47,14 @@ def attribute(context: Context) -> Attributions:
 # -- images and tables ------------------------------------------------------------------------------------------
 
 
-def _tensor(subject: Subject, rows: Tensor, target: Tensor) -> Attributions:
+def _tensor(context: Context, rows: Tensor, target: Tensor) -> Attributions:
+    subject = context.subject
     assert subject.oracle is not None
     assert subject.x is not None
-    oracle, x = subject.oracle, subject.x[rows]
+    oracle = subject.point_oracle() if subject.regression else subject.oracle
+    x = subject.x[rows]
     image = subject.task == "image"
-    baseline = _image_baseline(x) if image else subject.x.mean(0).expand_as(x)
+    baseline = _image_baseline(x) if image else _table_baseline(subject).expand_as(x)
     grid = (min(CELLS, x.shape[2]), min(CELLS, x.shape[3])) if image else None
     window = (-(-x.shape[2] // grid[0]), -(-x.shape[3] // grid[1])) if grid else 1
     maps, papers = {}, {}
@@ -51,6 +62,11 @@ def _tensor(subject: Subject, rows: Tensor, target: Tensor) -> Attributions:
         by_path = integrated_gradients(oracle, x, target, baseline=baseline, n_steps=IG_STEPS[subject.task])
         maps["integrated gradients"] = _on_cells(by_path.values, grid)
         papers["integrated gradients"] = "integrated_gradients"
+    elif not image:
+        explainer = RemovalExplainer(DefaultRemoval(baseline[0]), Prediction(), Shapley(SHAPLEY_ORDERS))
+        sampled = explainer.attribute(oracle, x, target, generator=context.generator("shapley"))
+        maps["Shapley sampling"] = _on_cells(sampled.values, None)
+        papers["Shapley sampling"] = "removal_framework"
     removed = occlusion(oracle, x, target, window=window, baseline=baseline)
     maps["occlusion"] = _on_cells(removed.values, grid)
     papers["occlusion"] = "occlusion"
@@ -70,6 +86,13 @@ def _tensor(subject: Subject, rows: Tensor, target: Tensor) -> Attributions:
 def _image_baseline(x: Tensor) -> Tensor:
     """Each image's own mean colour: what is taken away looks like nothing in particular."""
     return x.mean((2, 3), keepdim=True).expand_as(x)
+
+
+def _table_baseline(subject: Subject) -> Tensor:
+    """The mean of every column; of categories the commonest."""
+    assert subject.x is not None
+    mean = subject.x.mean(0)
+    return torch.where(subject.held, subject.x.mode(0).values, mean) if len(subject.held) else mean
 
 
 def _on_cells(values: Tensor, grid: tuple[int, int] | None) -> Tensor:

@@ -88,10 +88,17 @@ def demo(
 
 @app.command()
 def run(
-    model: Annotated[str, typer.Argument(help="module:function, a .pt2 file, or predictions.csv.")],
+    model: Annotated[
+        str,
+        typer.Argument(
+            help="module:function; .pt2, .onnx or .skops; a Hugging Face folder or hf:name; predictions.csv."
+        ),
+    ],
     data: Annotated[
         str | None,
-        typer.Argument(help=".csv, .npz, .jsonl or a folder of images by class.", show_default=False),
+        typer.Argument(
+            help=".csv, .parquet, .npz, .jsonl or a folder of images by class.", show_default=False
+        ),
     ] = None,
     task: Annotated[
         str | None, typer.Option(help="image, tabular or text.", show_default="told from the data")
@@ -226,7 +233,9 @@ def _print_news(console: Console, request: AuditRequest, news: Subject | Plan | 
         console.print(f"{'plan':<21}{sections}, about {news.evaluations:,} evaluations, {took}")
     else:
         rows = news.n if request.rows is None else min(news.n, request.rows)
-        console.print(f"{'model':<21}{_escaped(news.name)}, {len(news.classes):,} classes")
+        console.print(
+            f"{'model':<21}{_escaped(news.name)}, {f'{len(news.classes):,} classes' if news.classes else 'one number a row'}"
+        )
         console.print(
             f"{'data':<21}{rows:,} of {news.n:,} rows of {_escaped(news.data_name)}, seed {request.seed}"
         )

@@ -12,10 +12,15 @@ import torch
 from torch import Tensor
 
 from perturbkit.audit.request import AuditRequest
-from perturbkit.audit.subject import Subject, is_probability
-from perturbkit.core import Cost, Oracle, unwrap_output
+from perturbkit.audit.subject import Derived, Subject, is_probability
+from perturbkit.core import Cost, Oracle
 
-__all__ = ["Attributions", "Context"]
+__all__ = ["Attributions", "Context", "Question"]
+
+# What a regression is asked to bear: its answer may move by this share of the standard deviation of the targets.
+MOVED = 0.25
+# Columns that nothing may change are measured in units so small that no step of a sensible size reaches them.
+_TINY = 1e-6
 
 
 @dataclass(frozen=True, eq=False)
@@ -50,6 +55,34 @@ class Attributions:
 
 
 @dataclass(frozen=True, eq=False)
+class Question:
+    """Rows in units of their scale, and what an attack or a certificate asks of the model about them.
+
+    Attributes
+    ----------
+    oracle : Oracle
+        Scores of the answers, in units of the scale. Of a regression: those of "moved by less" and of "moved by more".
+    z : Tensor
+        The rows. Of a regression, with a last column that holds the clean answer, which no gradient reaches.
+    y : Tensor of int64
+        The answer that should stay.
+    free : Tensor
+        What may change, 1 or 0, broadcastable to a row.
+    bounds : tuple or None
+        Range of valid rows.
+    sides : tuple of Oracle
+        What to climb in the place of the oracle: of a regression, "moved up" and "moved down".
+    """
+
+    oracle: Oracle
+    z: Tensor
+    y: Tensor
+    free: Tensor
+    bounds: tuple[Any, Any] | None
+    sides: tuple[Oracle, ...]
+
+
+@dataclass(frozen=True, eq=False)
 class Context:
     """Options and resources of one section.
 
@@ -77,11 +110,17 @@ class Context:
         return order[:n].sort().values
 
     def correct_rows(self, n: int) -> Tensor:
-        """Return ``n`` rows, spread over the data, those predicted correctly first."""
-        right = self.subject.predictions() == self.subject.y
+        """Return ``n`` rows, spread over the data, those predicted correctly first; of a regression any."""
         order = torch.randperm(self.subject.n, generator=self.generator("rows"))
-        order = torch.cat([order[right[order]], order[~right[order]]])
+        if not self.subject.regression:
+            right = self.subject.predictions() == self.subject.y
+            order = torch.cat([order[right[order]], order[~right[order]]])
         return order[:n].sort().values
+
+    @property
+    def moved(self) -> float:
+        """By how much the answer of a regression may move: a share of the standard deviation of the targets."""
+        return MOVED * float(self.subject.y.std())
 
     @cached_property
     def scale(self) -> Tensor:
@@ -90,7 +129,8 @@ class Context:
         if self.subject.task == "image":
             return torch.ones((), dtype=self.subject.x.dtype)
         std = self.subject.x.std(0)
-        return torch.where(std > 0, std, torch.ones_like(std))
+        std = torch.where(std > 0, std, torch.ones_like(std))
+        return torch.where(self.subject.held, _TINY, std) if len(self.subject.held) else std
 
     @cached_property
     def attributions(self) -> Attributions:
@@ -99,46 +139,64 @@ class Context:
 
         return attribute(self)
 
-    def scaled_oracle(self) -> Oracle:
-        """Return the oracle in units of :attr:`scale`, so that radii of a table are in standard deviations.
+    def question(self, rows: Tensor) -> Question:
+        """Return what is asked about some rows, in units of :attr:`scale`: radii of a table are in standard deviations.
 
         Probabilities are turned into their logarithms: the gradient of a softmax vanishes where the model is sure, and
         an attack that climbs it would report a radius that is not there.
         """
-        assert self.subject.oracle is not None
-        return _Scaled(self.subject.oracle, self.scale, is_probability(self.subject.scores()))
+        subject, scale = self.subject, self.scale
+        assert subject.oracle is not None
+        assert subject.x is not None
+        z, free = subject.x[rows] / scale, torch.ones(subject.x.shape[1:], dtype=subject.x.dtype)
+        if len(subject.held):
+            free = (~subject.held).to(free)
+        if subject.regression:
+            return self._number_question(z, free, subject.predictions()[rows])
+        probabilities = is_probability(subject.scores())
+
+        def after(out: Tensor, _: Tensor) -> Tensor:
+            return out.clamp_min(1e-38).log() if probabilities else out
+
+        oracle = Derived(subject.oracle, before=lambda v: v * scale.to(v), after=after)
+        return Question(oracle, z, subject.y[rows], free, self.scaled_bounds, (oracle,))
+
+    def _number_question(self, z: Tensor, free: Tensor, clean: Tensor) -> Question:
+        """Ask whether the number moves: the clean one travels along as a last column, out of reach of every change."""
+        subject, scale, limit = self.subject, self.scale, self.moved
+        assert subject.oracle is not None
+        assert subject.point is not None
+        weights = subject.point
+        # In these units a change of the last column of any sensible size is nothing beside the limit.
+        unit = _TINY * limit
+
+        def asked(sign: int) -> Oracle:
+            def after(out: Tensor, v: Tensor) -> Tensor:
+                shift = out @ weights.to(out) - (v[:, -1].detach().double() * unit + centre).to(out)
+                size = sign * shift if sign else shift.abs()
+                return torch.stack([size.new_full(size.shape, limit), size], 1)
+
+            inner = Derived(subject.oracle, before=lambda v: v[:, :-1] * scale.to(v), after=after)  # type: ignore[arg-type]
+            return inner
+
+        centre = float(clean.mean())
+        last = ((clean - centre) / unit).to(z)[:, None]
+        bounds = self.scaled_bounds
+        if bounds is not None:
+            open_ends = (torch.tensor([-torch.inf]).to(z), torch.tensor([torch.inf]).to(z))
+            bounds = tuple(  # type: ignore[assignment]
+                torch.cat([torch.as_tensor(b).to(z).expand(z.shape[1]), end])
+                for b, end in zip(bounds, open_ends, strict=True)
+            )
+        free = torch.cat([free, torch.zeros(1).to(free)])
+        y = torch.zeros(len(z), dtype=torch.long)
+        return Question(asked(0), torch.cat([z, last], 1), y, free, bounds, (asked(1), asked(-1)))
 
     @property
     def scaled_bounds(self) -> tuple[Any, Any] | None:
         """The range of valid inputs in units of :attr:`scale`."""
         bounds = self.subject.bounds
         return None if bounds is None else (bounds[0] / self.scale, bounds[1] / self.scale)
-
-
-class _Scaled(Oracle):
-    """An oracle of ``z = x / scale``, in logarithms where it answers probabilities, that adds its counts to the inner one."""
-
-    def __init__(self, inner: Oracle, scale: Tensor, probabilities: bool) -> None:
-        self._inner = inner
-
-        def scaled(z: Tensor) -> Tensor:
-            out = unwrap_output(inner.fun(z * scale.to(z.device)))
-            return out.clamp_min(1e-38).log() if probabilities else out
-
-        super().__init__(scaled, memory=inner.memory, chunk_size=inner.chunk_size, device=inner.device)
-
-    def __call__(self, x: Tensor, *rows: Tensor) -> Tensor:
-        with self._inner.frozen():
-            out = super().__call__(x, *rows)
-        self._inner.nfev += len(x)
-        return out
-
-    def value_and_gradient(self, x: Tensor, target: Any = None, *rows: Tensor, **options: Any) -> Any:
-        with self._inner.frozen():
-            out = super().value_and_gradient(x, target, *rows, **options)
-        self._inner.nfev += len(x)
-        self._inner.ngrad += len(x)
-        return out
 
 
 def spent(oracle: Oracle | None) -> Cost:

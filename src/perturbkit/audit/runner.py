@@ -56,12 +56,14 @@ def run(
 
     Parameters
     ----------
-    model : nn.Module, callable or str
-        A classifier: batch in, logits or probabilities of shape (n, classes) out. Or "module:function", a ".pt2"
-        file, or "predictions.csv".
+    model : nn.Module, scikit-learn estimator, callable or str
+        A classifier: batch in, logits or probabilities of shape (n, classes) out; or, on tables, a regression: one
+        number a row, or two or three quantiles. Or "module:function", a ".pt2", ".onnx" or ".skops" file, a Hugging
+        Face folder, "hf:name", or "predictions.csv".
     data : (x, y), str or Path
-        Images (n, channels, height, width) in [0, 1], a table (n, features) or a list of texts, with labels
-        0..classes-1; or a .csv, .npz or .jsonl file or a folder of images by class.
+        Images (n, channels, height, width) in [0, 1], a table (n, features) or a data frame, or a list of texts, with
+        labels 0..classes-1 or the names of the model's classes, or numbers for a regression; or a .csv, .parquet, .npz
+        or .jsonl file or a folder of images by class.
     predictions, labels : array
         Instead of model and data: probabilities (n, classes) and labels (n,), for calibration and conformal sets.
     task : {"image", "tabular", "text"}, optional

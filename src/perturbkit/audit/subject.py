@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from perturbkit.core import Oracle, checks
+from perturbkit.core import Oracle, checks, unwrap_output
 
 __all__ = ["Subject", "TextModel"]
 
@@ -58,9 +59,9 @@ class Subject:
     texts : list of str
         Inputs of a text model.
     y : Tensor of int64, shape (n,)
-        Labels.
+        Labels; float64 targets of a regression.
     classes : tuple of str
-        Names of the classes, in the order of the outputs.
+        Names of the classes, in the order of the outputs; empty for a regression.
     bounds : tuple or None
         Lowest and highest valid input value.
     feature_names : tuple of str
@@ -70,11 +71,20 @@ class Subject:
     text_model : TextModel or None
         The text model.
     given_probabilities : ndarray or None
-        Predictions from a file, shape (n, classes).
+        Predictions from a file, shape (n, classes) or (n, outputs).
     notes : list of str
         What was found odd on opening, for the sanity section.
     remarks : tuple of str
         What a reader should know of the data, without anything being odd.
+    point : Tensor or None
+        Of a regression, how its outputs are averaged to one answer, shape (outputs,): 1 for one number, the middle of
+        quantiles. ``None`` for a classifier.
+    no_gradient : str
+        Why no gradient reaches the inputs, and what to do; empty where it may.
+    operations : float or None
+        Floating-point operations of a row, where PyTorch cannot count them.
+    held : Tensor of bool
+        Columns that hold categories, which only whole steps can change; empty where there are none.
     """
 
     name: str
@@ -92,6 +102,10 @@ class Subject:
     given_probabilities: np.ndarray | None = None
     notes: list[str] = field(default_factory=list)
     remarks: tuple[str, ...] = ()
+    point: Tensor | None = None
+    no_gradient: str = ""
+    operations: float | None = None
+    held: Tensor = field(default_factory=lambda: torch.zeros(0, dtype=torch.bool))
     _scores: Tensor | None = None
     _gradient: bool | None = None
 
@@ -100,19 +114,21 @@ class Subject:
         """Number of rows."""
         return len(self.y)
 
+    @property
+    def regression(self) -> bool:
+        """Whether the model answers numbers rather than classes."""
+        return self.point is not None
+
     def take(self, rows: Tensor) -> Subject:
         """Return the subject with only these rows; the model is shared, cached predictions are dropped."""
         index = rows.tolist()
-        return Subject(
-            self.name, self.data_name, self.task, self.y[rows], self.classes, self.oracle,
-            None if self.x is None else self.x[rows],
-            [self.texts[i] for i in index] if self.texts else [],
-            self.bounds, self.feature_names,
-            tuple(self.groups[i] for i in index) if self.groups else (),
-            self.text_model,
-            None if self.given_probabilities is None else self.given_probabilities[index],
-            self.notes, self.remarks,
-            _gradient=self._gradient,
+        return replace(
+            self, y=self.y[rows],
+            x=None if self.x is None else self.x[rows],
+            texts=[self.texts[i] for i in index] if self.texts else [],
+            groups=tuple(self.groups[i] for i in index) if self.groups else (),
+            given_probabilities=None if self.given_probabilities is None else self.given_probabilities[index],
+            _scores=None,
         )  # fmt: skip
 
     def scores(self) -> Tensor:
@@ -133,8 +149,10 @@ class Subject:
         return to_probabilities(self.scores())
 
     def predictions(self) -> Tensor:
-        """Return the predicted class of every row; -1 where the model answers NaN."""
+        """Return the predicted class of every row, -1 where the model answers NaN; of a regression, its number."""
         scores = self.scores()
+        if self.point is not None:
+            return scores.double() @ self.point
         return torch.where(torch.isnan(scores).any(1), -1, scores.argmax(1))
 
     def predict_texts(self, texts: Sequence[str]) -> Tensor:
@@ -150,6 +168,22 @@ class Subject:
             parts.append(torch.as_tensor(out))
         return torch.cat(parts)
 
+    def point_oracle(self) -> Oracle:
+        """Return the model as one number a row, shape (n, 1); for regressions."""
+        assert self.oracle is not None
+        assert self.point is not None
+        weights = self.point
+        return Derived(self.oracle, after=lambda out, z: out @ weights.to(out)[:, None])
+
+    def left_out(self, *methods: str) -> str:
+        """Say which methods were left out for want of a gradient, and what to do; nothing where there is one."""
+        if self.has_gradient():
+            return ""
+        why = self.no_gradient or (
+            "no gradient reaches the input. Return the scores of a PyTorch module, without detaching them, to have it"
+        )
+        return f" Left out: {' and '.join(methods)}, since {why}."
+
     def has_gradient(self) -> bool:
         """Whether gradients reach the inputs: tried once on a few rows, since a row may sit where they vanish."""
         if self._gradient is None:
@@ -157,7 +191,7 @@ class Subject:
         return self._gradient
 
     def _try_gradient(self) -> bool:
-        if self.task == "predictions" or self.oracle is None:
+        if self.task == "predictions" or self.oracle is None or self.no_gradient:
             return False
         try:
             if self.task == "text":
@@ -170,10 +204,57 @@ class Subject:
             else:
                 assert self.x is not None
                 few = self.x[:8]
-                gradient = self.oracle.gradient(few, self.oracle(few).argmax(1))
+                target = (
+                    torch.zeros(len(few), dtype=torch.long) if self.regression else self.oracle(few).argmax(1)
+                )
+                gradient = self.oracle.gradient(few, target)
         except (RuntimeError, TypeError, SystemExit, checks.PerturbkitError):
             return False
         return bool(torch.isfinite(gradient).all()) and bool((gradient != 0).any())
+
+
+class Derived(Oracle):
+    """An oracle of ``after(fun(before(x)))`` that adds its counts to the one it is derived from."""
+
+    def __init__(
+        self, inner: Oracle, *, before: Callable[[Tensor], Tensor] | None = None,
+        after: Callable[[Tensor, Tensor], Tensor] | None = None,
+    ) -> None:  # fmt: skip
+        self._inner = inner
+
+        def derived(z: Tensor) -> Tensor:
+            out = unwrap_output(inner.fun(z if before is None else before(z)))
+            return out if after is None else after(out, z)
+
+        super().__init__(derived, memory=inner.memory, chunk_size=inner.chunk_size, device=inner.device)
+
+    def __call__(self, x: Tensor, *rows: Tensor) -> Tensor:
+        with self._inner.frozen():
+            out = super().__call__(x, *rows)
+        self._inner.nfev += len(x)
+        return out
+
+    def value_and_gradient(self, x: Tensor, target: Any = None, *rows: Tensor, **options: Any) -> Any:
+        with self._inner.frozen():
+            out = super().value_and_gradient(x, target, *rows, **options)
+        self._inner.nfev += len(x)
+        self._inner.ngrad += len(x)
+        return out
+
+
+def point_weights(scores: Tensor) -> Tensor:
+    """Return how one, two or three outputs of a regression are averaged to one answer, as float64.
+
+    Examples
+    --------
+    >>> point_weights(torch.zeros(4, 3))
+    tensor([0., 1., 0.], dtype=torch.float64)
+    """
+    weights = torch.zeros(scores.shape[1], dtype=torch.float64)
+    if scores.shape[1] == 2:
+        return weights + 0.5
+    weights[scores.shape[1] // 2] = 1.0
+    return weights
 
 
 def is_probability(scores: Tensor) -> bool:

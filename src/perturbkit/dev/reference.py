@@ -41,7 +41,7 @@ def write_reference(out: Path, top: Path = PACKAGE) -> list[Path]:
 
 def _package_page(package: Path, top: Path) -> Iterator[str]:
     yield f"# perturbkit.{package.name}\n\n{_docstring(package / '__init__.py')}\n"
-    if package.name not in ("papers", "audit"):
+    if package.name != "papers":
         rooms = [package, *sorted(p.parent for p in package.glob("*/__init__.py"))]
     else:
         rooms = [package]

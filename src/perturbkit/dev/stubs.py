@@ -13,8 +13,8 @@ __all__ = ["PACKAGE", "exported", "stale_stubs", "stub_texts", "write_stubs"]
 
 PACKAGE = Path(__file__).resolve().parent.parent
 _NOT_TOP = {"dev"}
-# Their folders hold no public names: reproductions in one, templates and sections in the other.
-_NO_ROOMS = {"papers", "audit"}
+# Its folders hold no public names, but reproductions.
+_NO_ROOMS = {"papers"}
 
 
 def exported(module: Path) -> list[str]:

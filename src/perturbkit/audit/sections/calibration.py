@@ -23,6 +23,16 @@ BINS = 15
 TOLERATED = 0.05
 
 
+def refusal(subject: Subject, request: AuditRequest) -> str:
+    """Why the section cannot run, empty if it can."""
+    if subject.regression:
+        return (
+            "the model answers numbers and no probabilities, so there is no confidence to compare with its accuracy. "
+            "Read the conformal section: its intervals hold the target with a stated chance."
+        )
+    return ""
+
+
 def evaluations(subject: Subject, request: AuditRequest) -> int:
     """Rows evaluated for one row of data."""
     return 0

@@ -11,7 +11,7 @@ from torch import Tensor
 from perturbkit.audit import _figures
 from perturbkit.audit._intervals import bootstrap, share_interval
 from perturbkit.audit._text import ablation_certificate
-from perturbkit.audit.context import Context
+from perturbkit.audit.context import MOVED, Context
 from perturbkit.audit.finding import Finding, Metric, Table
 from perturbkit.audit.request import AuditRequest
 from perturbkit.audit.sections.attack import default_eps, unit
@@ -43,13 +43,19 @@ def run(context: Context) -> Finding:
         return _text(context)
     subject = context.subject
     rows = context.fair_rows(context.rows["certify"])
-    if not bool((subject.predictions()[rows] == subject.y[rows]).any()):
+    if not subject.regression and not bool((subject.predictions()[rows] == subject.y[rows]).any()):
         why = "no row that was drawn is answered rightly: there is nothing to certify. Add rows with --n."
         return Finding("certify", "not run", "No row is answered rightly.", why=why)
     try:
         radius = _by_relaxation(context, rows)
     except checks.PerturbkitError as error:
         return _smoothed(context, rows, str(error))
+    if subject.regression:
+        return _number_finding(
+            context, rows, radius, context.request.norm, "the model", "linear relaxation", "lirpa",
+            "Movement beyond the bound: relaxations are loose on deep networks, so a radius of zero proves nothing either "
+            "way.", reach=_reach_at_eps(context, rows),
+        )  # fmt: skip
     return _finding(
         context, rows, radius, context.request.norm, "the model", "linear relaxation", "lirpa",
         "Radii beyond the bound: relaxations are loose on deep networks, so a radius of zero proves nothing either way.",
@@ -67,10 +73,10 @@ def _by_relaxation(context: Context, rows: Tensor) -> Tensor:
     subject, norm = context.subject, context.request.norm
     assert subject.oracle is not None
     assert subject.x is not None
-    module = subject.oracle.fun
-    if not isinstance(module, torch.nn.Module):
-        raise checks.ModelError("the model is a function, not a module whose layers can be bounded.")
+    module = _module(subject)
     z, y = subject.x[rows] / context.scale, subject.y[rows]
+    if subject.regression:
+        return _number_radius(context, module, z, subject.predictions()[rows])
     if len(subject.classes) * z[0].numel() > _LARGEST:
         raise checks.ModelError(
             f"the model has {len(subject.classes)} outputs on inputs of {z[0].numel()} numbers, too many to bound here."
@@ -93,6 +99,63 @@ def _by_relaxation(context: Context, rows: Tensor) -> Tensor:
     return low
 
 
+def _module(subject: Subject) -> torch.nn.Module:
+    """Return the network, or refuse what has no layers to bound."""
+    assert subject.oracle is not None
+    module = subject.oracle.fun
+    if subject.no_gradient:
+        raise checks.ModelError(
+            f"it has no layers that can be bounded (the proof by linear relaxation was left out: {subject.no_gradient})."
+        )
+    if not isinstance(module, torch.nn.Module):
+        raise checks.ModelError("the model is a function, not a module whose layers can be bounded.")
+    why = next((str(m.no_layers) for m in module.modules() if hasattr(m, "no_layers")), "")
+    if why:
+        raise checks.ModelError(f"the proof by linear relaxation was left out, since {why}.")
+    return module
+
+
+def _number_radius(context: Context, module: torch.nn.Module, z: Tensor, clean: Tensor) -> Tensor:
+    """Return the largest radius within which each number is proved to move by less than the stated amount."""
+    low, high = torch.zeros(len(z)), torch.full((len(z),), 3.0)
+    bounded = BoundedModule(_InUnits(module, context.scale), z[:1])
+    for _ in range(_HALVINGS):
+        middle = (low + high) / 2
+        lower, upper = _number_bounds(context, bounded, z, middle)
+        proved = torch.maximum(upper - clean, clean - lower) < context.moved
+        low, high = torch.where(proved, middle, low), torch.where(proved, high, middle)
+    return low
+
+
+def _number_bounds(
+    context: Context, bounded: BoundedModule, z: Tensor, radius: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Return proved ends of each number within a radius, float64."""
+    subject, norm = context.subject, context.request.norm
+    assert subject.oracle is not None
+    assert subject.point is not None
+    weights = subject.point.to(z).expand(len(z), 1, -1)
+    with subject.oracle.frozen(), torch.no_grad():
+        found = bounded.bounds(
+            z, around(z, norm, radius.to(z), context.scaled_bounds), method="crown-ibp", C=weights
+        )
+    subject.oracle.nfev += found.cost.nfev
+    assert found.lower is not None
+    assert found.upper is not None
+    return found.lower[:, 0].double(), found.upper[:, 0].double()
+
+
+def _reach_at_eps(context: Context, rows: Tensor) -> np.ndarray:
+    """Return how far each number is proved to move at most, within the size asked for."""
+    subject = context.subject
+    assert subject.x is not None
+    z, clean = subject.x[rows] / context.scale, subject.predictions()[rows]
+    bounded = BoundedModule(_InUnits(_module(subject), context.scale), z[:1])
+    eps = torch.full((len(z),), default_eps(context.request, subject))
+    lower, upper = _number_bounds(context, bounded, z, eps)
+    return torch.maximum(upper - clean, clean - lower).clamp_min(0).numpy()
+
+
 class _InUnits(torch.nn.Module):
     """The model as a function of inputs divided by their scale."""
 
@@ -111,15 +174,22 @@ def _smoothed(context: Context, rows: Tensor, why: str) -> Finding:
     subject, request = context.subject, context.request
     assert subject.x is not None
     sigma = SIGMA[subject.task]
-    oracle, scale = context.scaled_oracle(), context.scale
+    asked = context.question(rows)
     n = DRAWS[request.profile]
     found = randomized_smoothing(
-        oracle, subject.x[rows] / scale, sigma=sigma, n_selection=max(10, n // 10), n_samples=n - max(10, n // 10),
+        asked.oracle, asked.z, sigma=sigma, n_selection=max(10, n // 10), n_samples=n - max(10, n // 10),
         alpha=_FAILURE, generator=context.generator("smoothing"),
     )  # fmt: skip
     assert found.radius is not None
-    right = found.prediction == subject.y[rows]
+    right = found.prediction == asked.y
     radius = torch.where(right, found.radius, 0.0)
+    if subject.regression:
+        return _number_finding(
+            context, rows, radius, "l2", f"the model smoothed by a median, sigma {sigma:g}", "randomized smoothing",
+            "randomized_smoothing",
+            f"The model itself: {why} So the median of its answers under Gaussian noise was certified instead, which answers "
+            f"differently, in the Euclidean norm, each row with confidence {1 - _FAILURE:.0%}.",
+        )  # fmt: skip
     return _finding(
         context, rows, radius, "l2", f"the smoothed model, sigma {sigma:g}", "randomized smoothing", "randomized_smoothing",
         f"The model itself: {why} So the model smoothed by Gaussian noise was certified instead, which answers "
@@ -173,6 +243,49 @@ def _finding(
         f"Of {function}, {proved.mean():.0%} of the rows are proved beyond {eps:.3g}; the median proved radius is "
         f"{np.median(values):.3g} ({in_unit}).",
         metrics, Table(("row", "class", "proved radius"), table), series, limits, papers=(paper,),
+    )  # fmt: skip
+
+
+def _number_finding(
+    context: Context, rows: Tensor, radius: Tensor, norm: Literal["linf", "l2"], function: str, method: str, paper: str,
+    limits: str, reach: np.ndarray | None = None,
+) -> Finding:  # fmt: skip
+    """Report within which change of the input the number is proved to stay."""
+    subject, request, moved = context.subject, context.request, context.moved
+    values = radius.double().numpy()
+    same = norm == request.norm
+    eps = default_eps(request, subject) if same else 0.0
+    in_unit = unit(request.__class__(norm=norm), subject)
+    proved = values > eps
+    low, high = bootstrap(values, context.generator("median"), np.median)
+    share_low, share_high = share_interval(proved)
+    metrics = [
+        Metric("radius.median", float(np.median(values)), low, high, len(values), f"{method}, moved by {moved:.3g}"),
+        Metric(
+            "steady.at_eps" if same else "steady.proved", float(proved.mean()), share_low, share_high, len(values),
+            f"{method}, eps {eps:.3g}" if same else f"{method}, any radius above zero",
+        ),
+    ]  # fmt: skip
+    if reach is not None:
+        a, b = bootstrap(reach, context.generator("reach"), np.median)
+        metrics.append(
+            Metric("movement.at_eps", float(np.median(reach)), a, b, len(reach), f"bound, eps {eps:.3g}")
+        )
+    told = (
+        ""
+        if reach is None
+        else f" At {eps:.3g} no change moves half of them by more than {np.median(reach):.3g}."
+    )
+    answers = subject.predictions()[rows]
+    table = tuple((int(r), float(a), float(v)) for r, a, v in zip(rows, answers, values, strict=True))[:20]
+    return Finding(
+        "certify", "weak" if float(np.median(values)) <= eps else "ok",
+        f"Of {function}, {proved.mean():.0%} of the rows are proved beyond {eps:.3g} to move by less than {moved:.3g} "
+        f"({MOVED:g} standard deviations of the target); the median proved radius is {np.median(values):.3g} ({in_unit})."
+        + told,
+        tuple(metrics), Table(("row", "answer", "proved radius"), table),
+        {"radius": values.tolist(), "unit": in_unit, "eps": eps, "function": function, "norm": norm},
+        limits, papers=(paper,),
     )  # fmt: skip
 
 

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from perturbkit.audit import _figures
-from perturbkit.audit._intervals import share_interval
+from perturbkit.audit._intervals import bootstrap, share_interval
+from perturbkit.audit._numbers import error_by_damage, root_mean_square
 from perturbkit.audit._text import TEXT_CORRUPTIONS, corrupt_text
 from perturbkit.audit.context import Context
 from perturbkit.audit.finding import Finding, Metric, Table
@@ -46,6 +48,8 @@ def run(context: Context) -> Finding:
             .values
         )
     chosen = subject.take(rows)
+    if subject.regression:
+        return _numbers(context, chosen)
     clean = int((subject.predictions()[rows] == chosen.y).sum())
     names = kinds(subject.task)
     grid = [[_right(context, chosen, kind, severity) for severity in severities] for kind in names]
@@ -80,18 +84,64 @@ def run(context: Context) -> Finding:
 
 
 def draw(finding: Finding) -> Figure:
-    """Heat map of accuracy by kind and severity."""
+    """Heat map of accuracy by kind and severity; of a regression, lines of the error."""
     s = finding.series
+    if "rmse" in s:
+        return error_by_damage(s["kinds"], s["severities"], s["rmse"], s["clean"], s["mean"])
     return _figures.heat_table(s["kinds"], s["severities"], s["accuracy"])
 
 
+def _numbers(context: Context, chosen: Subject) -> Finding:
+    """Measure the root mean squared error under each kind of damage and severity."""
+    assert chosen.point is not None
+    point = chosen.point
+    severities, names, y = SEVERITIES[context.request.profile], kinds(chosen.task), chosen.y.double().numpy()
+
+    def pairs(answers: Tensor) -> np.ndarray:
+        return np.stack([y, np.nan_to_num(answers.double().numpy(), nan=float(y.mean()))], 1)
+
+    clean = pairs(chosen.predictions())
+    grid = [
+        [pairs(_damaged_scores(context, chosen, kind, s).double() @ point) for s in severities] for kind in names
+    ]  # fmt: skip
+    errors = [[root_mean_square(p) for p in line] for line in grid]
+    worst, i, j = max((e, i, j) for i, line in enumerate(errors) for j, e in enumerate(line))
+    base, mean, n = root_mean_square(clean), float(y.std()), len(y)
+    how = f"{names[i]}, severity {severities[j]}"
+    low, high = bootstrap(grid[i][j], context.generator("worst"), root_mean_square)
+    clean_low, clean_high = bootstrap(clean, context.generator("clean"), root_mean_square)
+    average = float(np.mean(errors))
+    metrics = (
+        Metric("rmse.clean", base, clean_low, clean_high, n, "no damage", mean),
+        Metric("rmse.worst", worst, low, high, n, how, mean),
+        Metric("rmse.mean", average, None, None, n, "over kinds and severities", mean),
+    )
+    table = tuple(
+        (name, *(float(f"{e:.4g}") for e in line)) for name, line in zip(names, errors, strict=True)
+    )
+    return Finding(
+        "corruption", "weak" if worst > mean else "ok",
+        f"The error (root mean squared) grows from {base:.3g} to {worst:.3g} at worst ({how} of 5) and to {average:.3g} in "
+        f"the mean; always answering the mean of the targets is off by {mean:.3g}.",
+        metrics, Table(("damage", *(f"severity {s}" for s in severities)), table),
+        {"kinds": list(names), "severities": list(severities), "rmse": errors, "clean": base, "mean": mean},
+        "Damage of other kinds, and how often each occurs where the model is used.", papers=("corrupt",),
+    )  # fmt: skip
+
+
 def _right(context: Context, chosen: Subject, kind: str, severity: int) -> int:
+    scores = _damaged_scores(context, chosen, kind, severity)
+    return int((scores.argmax(1) == chosen.y).sum())
+
+
+def _damaged_scores(context: Context, chosen: Subject, kind: str, severity: int) -> Tensor:
     generator = context.generator(f"{kind} {severity}")
     if chosen.task == "text":
-        scores: Any = chosen.predict_texts([corrupt_text(t, kind, severity, generator) for t in chosen.texts])
-    else:
-        assert chosen.oracle is not None
-        assert chosen.x is not None
-        scale = None if chosen.task == "image" else context.scale
-        scores = chosen.oracle(corrupt(chosen.x, kind, severity, scale=scale, generator=generator))
-    return int((scores.argmax(1) == chosen.y).sum())
+        return chosen.predict_texts([corrupt_text(t, kind, severity, generator) for t in chosen.texts])
+    assert chosen.oracle is not None
+    assert chosen.x is not None
+    scale = None if chosen.task == "image" else context.scale
+    damaged = corrupt(chosen.x, kind, severity, scale=scale, generator=generator)
+    if len(chosen.held):
+        damaged = torch.where(chosen.held, chosen.x, damaged)
+    return chosen.oracle(damaged)

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from perturbkit.audit import _figures
 from perturbkit.audit._intervals import bootstrap
-from perturbkit.audit.attributions import CELLS, IG_STEPS
+from perturbkit.audit.attributions import CELLS, IG_STEPS, SHAPLEY_ORDERS
 from perturbkit.audit.context import Attributions, Context
 from perturbkit.audit.finding import Finding, Metric, Table
 from perturbkit.audit.request import AuditRequest
@@ -29,6 +29,8 @@ _SHOWN = 4
 def evaluations(subject: Subject, request: AuditRequest) -> int:
     """Rows evaluated for one row of data."""
     cells = {"image": CELLS**2, "text": 16}.get(subject.task, len(subject.feature_names))
+    if subject.task == "tabular" and not subject.has_gradient():
+        return (cells + 1) * (1 + SHAPLEY_ORDERS)
     return cells + 1 + 3 * IG_STEPS[subject.task]
 
 
@@ -68,7 +70,9 @@ def run(context: Context) -> Finding:
     return Finding(
         "explain", status, headline, metrics, table, series,
         "Why the model answers so, or whether what it looks at is right. Agreement of two methods is no proof that "
-        "either is faithful; see the next section.",
+        "either is faithful; see the next section."
+        + (" What is explained is the answer itself, in its own units." if context.subject.regression else "")
+        + context.subject.left_out("integrated gradients"),
         papers=tuple(found.papers.values()),
     )  # fmt: skip
 
@@ -94,7 +98,11 @@ def _agreement(a: Tensor, b: Tensor, lengths: list[int]) -> np.ndarray:
 def _details(context: Context, found: Attributions, methods: list[str]) -> tuple[dict[str, Any], Table]:
     subject = context.subject
     shown = range(min(_SHOWN, len(found.rows)))
-    titles = [f"{subject.classes[int(found.target[i])]} (row {int(found.rows[i])})" for i in shown]
+    titles = (
+        []
+        if subject.regression
+        else [f"{subject.classes[int(found.target[i])]} (row {int(found.rows[i])})" for i in shown]
+    )
     series: dict[str, Any] = {"kind": subject.task, "titles": titles}
     if subject.task == "tabular":
         means = {m: found.maps[m].abs().mean(0) for m in methods}

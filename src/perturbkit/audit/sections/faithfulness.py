@@ -35,12 +35,15 @@ def run(context: Context) -> Finding:
     found = context.attributions
     curves = {m: _curves(context, found, m) for m in found.maps}
     methods = [m for m in curves if m != "random"]
+    regression = context.subject.regression
     random_deletion = curves["random"]["deletion"].mean(1)
     metrics, rows, better = [], [], []
     for m in methods:
         for mode in ("deletion", "insertion"):
             areas, control = curves[m][mode].mean(1), curves["random"][mode].mean(1)
-            gain = (control - areas if mode == "deletion" else areas - control).numpy()
+            # Deletion should lower a probability fast; what is deleted or brought should move a number far.
+            falls = mode == "deletion" and not regression
+            gain = (control - areas if falls else areas - control).numpy()
             low, high = bootstrap(gain, context.generator(f"{m} {mode}"))
             key = f"{mode}.gain.{m.replace(' ', '_')}"
             metrics.append(Metric(key, float(gain.mean()), low, high, len(gain), m, 0.0))
@@ -58,30 +61,43 @@ def run(context: Context) -> Finding:
     best = max((k for k in metrics if k.name.startswith("deletion")), key=lambda k: k.value)
     status = "ok" if sum(better) >= 2 else "weak"
     area = float(curves[best.method]["deletion"].mean())
+    if regression:
+        told = (
+            f"Removing what {best.method} calls important first moves the answer by {area:.2f} standard deviations of the "
+            f"target in the mean, against {float(random_deletion.mean()):.2f} in random order"
+        )
+    else:
+        told = (
+            f"Removing what {best.method} calls important first leaves a mean probability of {area:.2f}, "
+            f"against {float(random_deletion.mean()):.2f} in random order"
+        )
     return Finding(
         "faithfulness", status,
-        f"Removing what {best.method} calls important first leaves a mean probability of {area:.2f}, "
-        f"against {float(random_deletion.mean()):.2f} in random order"
+        told
         + ("." if status == "ok" else ": no explanation is clearly better than chance."),
         tuple(metrics),
         Table(("method", "curve", "area", "random area", "gain", "95 % interval"), tuple(rows)),
         {
             "fractions": np.linspace(0, 1, STEPS + 1).tolist(),
+            "label": "movement of the answer, in deviations of the target" if context.subject.regression else "mean probability",
             "curves": {m: {k: v.mean(0).tolist() for k, v in c.items()} for m, c in curves.items()},
         },
         "What the model would do on natural inputs: a picture with parts removed is not one it was trained on, and "
-        "another way of removing may rank the methods differently.",
+        "another way of removing may rank the methods differently."
+        + context.subject.left_out("integrated gradients"),
         papers=("deletion_curve", *found.papers.values()),
     )  # fmt: skip
 
 
 def draw(finding: Finding) -> Figure:
-    """Mean probability of the class against the share removed or brought."""
-    return _figures.curves(finding.series["fractions"], finding.series["curves"])
+    """Mean probability of the class, or movement of the number, against the share removed or brought."""
+    figure = _figures.curves(finding.series["fractions"], finding.series["curves"])
+    figure.axes[0].set_ylabel(finding.series.get("label", "mean probability"))
+    return figure
 
 
 def _curves(context: Context, found: Attributions, method: str) -> dict[str, Tensor]:
-    """Return the target's probability along both curves, shape (rows, STEPS + 1)."""
+    """Return the target's probability along both curves, shape (rows, STEPS + 1); of a regression, how far it moved."""
     subject = context.subject
     results: dict[str, list[Tensor]] = {"deletion": [], "insertion": []}
     for i in range(len(found.rows)):
@@ -98,8 +114,19 @@ def _curves(context: Context, found: Attributions, method: str) -> dict[str, Ten
             else:
                 assert subject.oracle is not None
                 scores = subject.oracle(batch)
-            results[mode].append(_probability(scores, int(found.target[i])))
+            if subject.regression:
+                results[mode].append(_movement(context, scores))
+            else:
+                results[mode].append(_probability(scores, int(found.target[i])))
     return {mode: torch.stack(values) for mode, values in results.items()}
+
+
+def _movement(context: Context, scores: Tensor) -> Tensor:
+    """Return how far each answer is from the first of its curve, in standard deviations of the target."""
+    subject = context.subject
+    assert subject.point is not None
+    answers = scores.double() @ subject.point
+    return (answers - answers[0]).abs() / float(subject.y.std())
 
 
 def _probability(scores: Tensor, target: int) -> Tensor:

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+import numpy as np
 import torch
 
 from perturbkit.audit._figures import bars
-from perturbkit.audit._intervals import share_interval
+from perturbkit.audit._intervals import bootstrap, share_interval
+from perturbkit.audit._numbers import answers_against_targets, mean_absolute, r_squared, root_mean_square
 from perturbkit.audit.context import Context
 from perturbkit.audit.finding import Finding, Metric, Table
 from perturbkit.audit.request import AuditRequest
@@ -28,6 +30,8 @@ def evaluations(subject: Subject, request: AuditRequest) -> int:
 def run(context: Context) -> Finding:
     """Check what must hold before any other number means anything."""
     subject = context.subject
+    if subject.regression:
+        return _numbers(context)
     right = subject.predictions() == subject.y
     k, n = int(right.sum()), subject.n
     low, high = share_interval(right)
@@ -65,9 +69,54 @@ def run(context: Context) -> Finding:
 
 
 def draw(finding: Finding) -> Figure:
-    """Accuracy by class."""
+    """Accuracy by class; of a regression, answers against targets."""
     series = finding.series
+    if "targets" in series:
+        return answers_against_targets(series["targets"], series["answers"])
     return bars(series["classes"], series["accuracy"], "accuracy", top=1.0)
+
+
+def _numbers(context: Context) -> Finding:
+    """Check the same of a regression: its error against that of always answering the mean."""
+    subject = context.subject
+    y, answers = subject.y.double().numpy(), subject.predictions().numpy()
+    broken = np.isnan(answers)
+    # Where the model answers nothing, the mean stands for it.
+    answers = np.where(broken, y.mean(), answers)
+    pairs = np.stack([y, answers], 1)
+    metrics = []
+    for name, statistic, method, control in (
+        ("r2", r_squared, "share of the variance explained", 0.0),
+        ("rmse", root_mean_square, "root mean squared error", float(y.std())),
+        ("mae", mean_absolute, "mean absolute error", float(np.abs(y - np.median(y)).mean())),
+    ):
+        low, high = bootstrap(pairs, context.generator(name), statistic)
+        metrics.append(Metric(name, float(statistic(pairs)), low, high, subject.n, method, control))
+    r2, rmse, _ = metrics
+    worse = r2.low is None or r2.low <= 0
+    rows = [
+        ("error", f"root mean squared {rmse.text}, R2 {r2.text}", "passed"),
+        ("better than the mean of the targets", f"{y.std():.4g} by always answering it", _mark(not worse)),
+    ]
+    if broken.any():
+        found = f"NaN on {int(broken.sum())} of {subject.n} rows, taken for the mean"
+        rows.append(("an answer to every row", found, "look"))
+    if subject.task != "predictions":
+        rows.extend(_model_rows(context))
+    rows.extend(("on opening", note, "look") for note in subject.notes)
+    rows.extend(("of the data", remark, "noted") for remark in subject.remarks)
+    weak = any(mark == "look" for _, _, mark in rows)
+    shown = torch.randperm(subject.n, generator=context.generator("shown"))[:500].numpy()
+    return Finding(
+        "sanity", "weak" if weak else "ok",
+        f"The model is off by {rmse.value:.3g} (root mean squared), against {y.std():.3g} by always answering the mean; it "
+        f"explains {r2.value:.0%} of the variance"
+        + (", and something in the set-up needs a look." if weak else " and the set-up is sound."),
+        tuple(metrics), Table(("check", "found", "verdict"), tuple(rows)),
+        {"targets": y[shown].tolist(), "answers": answers[shown].tolist()},
+        "Whether the rows stand for the data the model will meet. The error on rows that the model was trained on says "
+        "nothing.",
+    )  # fmt: skip
 
 
 def _model_rows(context: Context) -> list[tuple[str, str, str]]:
@@ -87,7 +136,9 @@ def _model_rows(context: Context) -> list[tuple[str, str, str]]:
         ),
         (
             "gradient reaches the input",
-            "yes" if subject.has_gradient() else "no: gradient methods are left out",
+            "yes"
+            if subject.has_gradient()
+            else f"no: {subject.no_gradient or 'gradient methods are left out'}",
             "passed",
         ),
     ]

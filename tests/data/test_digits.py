@@ -1,9 +1,12 @@
+from itertools import pairwise
+
 import pytest
 import torch
 from sklearn.datasets import load_digits
 
-from perturbkit.core import checks
-from perturbkit.data import digits_classifier, load_digits8, load_digits28
+from perturbkit.core import checks, ddim_step
+from perturbkit.core.random import randn
+from perturbkit.data import digits_classifier, digits_denoiser, load_digits8, load_digits28
 
 
 @pytest.mark.parametrize(
@@ -64,3 +67,41 @@ def test_refusals():
             load("valid")
     with pytest.raises(checks.ArgumentError, match="allowed: 28, 8"):
         digits_classifier(32)
+
+
+def test_denoiser_denoises_held_out_digits_better_than_their_mean():
+    state = torch.get_rng_state()
+    denoiser = digits_denoiser()
+    assert torch.equal(state, torch.get_rng_state())
+    assert not any(p.requires_grad for p in denoiser.network.parameters())
+    clean = 2 * load_digits28("test").x[:60] - 1
+    g = torch.Generator().manual_seed(3)
+    mean = 2 * load_digits28("train").x.mean(0) - 1
+    for level, share in ((0.3, 0.05), (1.0, 0.25), (3.0, 0.9)):
+        noisy = clean + level * randn(clean.shape, generator=g)
+        error = (denoiser.x0(noisy, level) - clean).square().mean()
+        assert float(error) < share * float((mean - clean).square().mean())
+
+
+def test_denoiser_draws_digits():
+    # Frechet distance of the last hidden layer of the classifier: of 40 samples, 40 digits and 40 blurred digits.
+    denoiser, layers = digits_denoiser(), list(digits_classifier(28).module.children())
+    x = 80 * randn((40, 1, 28, 28), generator=torch.Generator().manual_seed(4))
+    times = denoiser.schedule.times(14, t_end=0.01, spacing="karras")
+    for s, t in pairwise(times.tolist()):
+        x = ddim_step(x, denoiser.eps(x, s), denoiser.schedule, s, t)
+    digits = load_digits28("test").x
+    blurred = torch.nn.functional.avg_pool2d(digits[:40], 5, 1, 2)
+    with torch.no_grad():
+        features = [
+            torch.nn.Sequential(*layers[:-1])(v.clamp(0, 1))
+            for v in ((x + 1) / 2, digits[:40], blurred, digits[40:1000])
+        ]
+
+    def distance(a, b):
+        """Of means and deviations alone: forty rows say nothing of covariances."""
+        return float((a.mean(0) - b.mean(0)).square().sum() + (a.std(0) - b.std(0)).square().sum())
+
+    drawn, true, spoilt = (distance(f, features[-1]) for f in features[:3])
+    assert drawn < 3 * true + 0.1 * spoilt
+    assert spoilt > 3 * true

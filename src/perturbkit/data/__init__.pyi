@@ -1,4 +1,5 @@
 from .digits import digits_classifier as digits_classifier
+from .digits import digits_denoiser as digits_denoiser
 from .digits import load_digits8 as load_digits8
 from .digits import load_digits28 as load_digits28
 from .images import image_model as image_model

@@ -65,9 +65,9 @@ def initialise(module: nn.Module, generator: torch.Generator) -> None:
                 parameter.uniform_(-bound, bound, generator=generator)
 
 
-def save_network(module: nn.Module, name: str, accuracy: float) -> Path:
-    """Write a network's weights with its held-out accuracy."""
-    tensors = {key: value.contiguous() for key, value in module.state_dict().items()}
+def save_network(module: nn.Module, name: str, accuracy: float, dtype: torch.dtype | None = None) -> Path:
+    """Write a network's weights with its held-out accuracy (of a denoiser: its loss), in another dtype where given."""
+    tensors = {key: value.to(dtype or value.dtype).contiguous() for key, value in module.state_dict().items()}
     path = Path(str(FOLDER / f"{name}.safetensors"))
     save_file(tensors, path, metadata={"accuracy": f"{accuracy:.4f}"})
     path.chmod(0o644)

@@ -1,4 +1,4 @@
-"""Handwritten digits, 8x8 and 28x28, and a small convolutional classifier for each.
+"""Handwritten digits, 8x8 and 28x28, a small convolutional classifier for each, and a denoiser of the larger ones.
 
 Use them where real images are wanted but every call must be cheap.
 """
@@ -12,11 +12,11 @@ import numpy as np
 import torch
 from torch import nn
 
-from perturbkit.core import checks
+from perturbkit.core import Denoiser, EDMSchedule, Preconditioned, SmallUNet, checks
 from perturbkit.data._files import FOLDER, OWN_LICENCE, choose_part, last, load_network
 from perturbkit.data.types import Dataset, ReferenceModel
 
-__all__ = ["digits_classifier", "load_digits8", "load_digits28"]
+__all__ = ["digits_classifier", "digits_denoiser", "load_digits8", "load_digits28"]
 
 _NAMES = tuple("0123456789")
 
@@ -136,6 +136,31 @@ def digits_classifier(size: int = 28) -> ReferenceModel:
         accuracy=accuracy,
         accuracy_on=f'load_digits{size}("test")',
     )
+
+
+def digits_denoiser() -> Denoiser:
+    """Return a denoiser of digits of 28x28 in [-1, 1], a small U-Net trained on the train part.
+
+    Returns
+    -------
+    Denoiser
+        Takes (n, 1, 28, 28) under :class:`~perturbkit.core.noise.EDMSchedule` with noise up to 80.
+
+    Examples
+    --------
+    >>> digits_denoiser().x0(torch.zeros(2, 1, 28, 28), 1.0).shape
+    torch.Size([2, 1, 28, 28])
+    """
+    module, _ = load_network(_denoising_network, "digits28_denoiser")
+    return module.requires_grad_(False).denoiser()
+
+
+# The deviation of the pixels of the train part, stretched to [-1, 1].
+_DEVIATION = 0.616
+
+
+def _denoising_network() -> Preconditioned:
+    return Preconditioned(SmallUNet(1, width=16), EDMSchedule(sigma_max=80.0), _DEVIATION)
 
 
 def _network(size: int) -> nn.Sequential:

@@ -37,7 +37,7 @@ EXAMPLE = Example(
         (lambda: MODEL.marginal(state(), state(), torch.ones(4)), "t has shape"),
         (lambda: MODEL.sample(linear, state(), MODEL.times(3).flip(0)), "strictly decreasing"),
         (lambda: MODEL.sample(linear, state(), MODEL.times(3), x=state(5)), "y has shape"),
-        (lambda: MODEL.sample(linear, state() * torch.nan, MODEL.times(3)), "y has"),
+        (lambda: MODEL.sample(linear, state() * torch.nan, MODEL.times(3)), "y holds"),
         (lambda: MODEL.sample(linear, state(), MODEL.times(3), snr=-1.0), "snr is -1"),
         (lambda: MODEL.loss(linear, state(), state(), t_min=1.0), "t_min is 1"),
         (lambda: complex_stft(state(2, 200)), "wave has 200 samples"),

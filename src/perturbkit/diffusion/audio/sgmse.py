@@ -245,7 +245,7 @@ def complex_stft(
     n_fft, hop : int
         Window (Hann, ends reflected) and step in samples; ``hop`` at most half of ``n_fft``.
     exponent, factor : float
-        Of the amplitude, positive: ``factor |c|^exponent e^(i angle c)``. Spectra of speech are heavy-tailed; the defaults are the paper's.
+        Of the amplitude, positive; the defaults are the paper's.
 
     Returns
     -------
@@ -255,6 +255,11 @@ def complex_stft(
     ------
     ArgumentError, ArgumentTypeError
         If a size is not allowed.
+
+    Notes
+    -----
+    The entries ``c`` of the short-time Fourier transform become ``factor |c|^exponent e^(i angle c)``: spectra of speech have
+    heavy tails.
 
     Examples
     --------
@@ -300,6 +305,10 @@ def complex_stft_inverse(
     ------
     ArgumentError, ArgumentTypeError
         If a size is not allowed.
+
+    Notes
+    -----
+    Amplitudes are expanded again, and windows overlap and add to the wave of least squared difference.
 
     Examples
     --------

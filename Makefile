@@ -56,9 +56,11 @@ bench: $(VENV)/.bench ## side by side with peers, as ratios
 papers: $(VENV)/.base ## every reproduction, then the gallery
 	$(BIN)/perturbkit papers reproduce --all --jobs 2 --out gallery; status=$$?; $(BIN)/perturbkit papers gallery --out gallery; exit $$status
 
-docs: $(VENV)/.docs ## the site, into site/
+docs: $(VENV)/.docs ## the site, into site/, with the gallery of what `make papers` has found
 	$(BIN)/perturbkit dev docs
 	$(BIN)/mkdocs build --strict --quiet
+	$(BIN)/perturbkit papers gallery --out gallery
+	cp -r gallery site/gallery
 
 format: $(VENV)/.test ## format and fix what a machine can
 	$(BIN)/ruff format src tests benchmarks

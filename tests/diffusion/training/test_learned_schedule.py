@@ -65,6 +65,10 @@ EXAMPLE = Example(
         (lambda: sample_cvdm(network, made(), data(), data(6, 4)), r"allowed: \(n, 2\)"),
         (lambda: sample_cvdm(network, made(), data(), data(5, 2)), "condition has shape"),
         (lambda: sample_cvdm(network, made(), data(), data(6, 2), n_steps=0), "n_steps is 0"),
+        (
+            lambda: sample_cvdm(network, Linear(), data(), bounds=(1.0, -1.0)),
+            "bounds is",
+        ),
         (lambda: cvdm_loss(network, made(), data(), data(6, 2), weights=(1, 2)), "weights has 2 numbers"),
         (lambda: cvdm_loss(network, made(), data(), data(6, 2), reg=-1.0), "reg is -1"),
         (lambda: cvdm_loss(network, made(), data(), data(6, 2), taylor_order=0), "taylor_order is 0"),
@@ -197,3 +201,27 @@ def test_one_step_is_the_posterior_of_the_chain():
     torch.testing.assert_close(found.x, last)
     with pytest.raises(ArgumentError, match="x has shape"):
         sample_cvdm(network, Linear(), x[0])
+
+
+def test_guesses_outside_the_bounds_are_cut_off():
+    x, seen = 5 * data(6, seed=3), []
+    wide = sample_cvdm(network, Linear(), x, n_steps=20, generator=2, bounds=(-1e9, 1e9))
+    torch.testing.assert_close(wide.x, sample_cvdm(network, Linear(), x, n_steps=20, generator=2).x)
+    found = sample_cvdm(
+        network,
+        Linear(),
+        x,
+        n_steps=20,
+        generator=2,
+        bounds=(-0.1, 0.2),
+        callback=lambda i, s: seen.append(s),
+    )
+    assert float(found.x.min()) >= -0.1
+    assert float(found.x.max()) <= 0.2
+    # Where the guess was cut off, the noise is what the state holds beyond it.
+    kept = 1 - (0.1 + 19.9 * (torch.arange(20, dtype=F64) + 0.5) / 20) / 20
+    now, before = kept.prod(), kept[:-1].prod()
+    x0 = ((x - (1 - now).sqrt() * network(x, now, None)) / now.sqrt()).clamp(-0.1, 0.2)
+    z = randn(x.shape, generator=torch.Generator().manual_seed(2), like=x)
+    mean = (before.sqrt() * (1 - kept[-1]) * x0 + kept[-1].sqrt() * (1 - before) * x) / (1 - now)
+    torch.testing.assert_close(seen[0], mean + ((1 - kept[-1]) * (1 - before) / (1 - now)).sqrt() * z)

@@ -220,6 +220,7 @@ def sample_cvdm(
     condition: Tensor | None = None,
     *,
     n_steps: int = 100,
+    bounds: tuple[float, float] | None = None,
     generator: Seed = None,
     callback: Callable[[int, Tensor], None] | None = None,
 ) -> SampleResult:
@@ -235,6 +236,9 @@ def sample_cvdm(
         What is known of each row.
     n_steps : int
         Steps, at least 1.
+    bounds : (float, float), optional
+        Range of the data; guesses of them outside are cut off. While little signal is left a guess divides the network's error
+        by ``sqrt(G)``, and an unbounded one can run away.
     generator : torch.Generator, int or None
         Source of the fresh noise.
     callback : callable, optional
@@ -273,6 +277,10 @@ def sample_cvdm(
     if condition is not None:
         checks.tensor("condition", condition, ndim=2, shape=(len(x), condition.shape[1]))
     n = checks.integer("n_steps", n_steps, low=1)
+    if bounds is not None and not bounds[0] < bounds[1]:
+        raise checks.ArgumentError(
+            f"bounds is {bounds}; allowed: low below high. Pass for instance (-1.0, 1.0)."
+        )
     g = as_generator(generator)
     with torch.no_grad():
         middles = [x.new_full((len(x), 1), (i + 0.5) / n) for i in range(n)]
@@ -283,7 +291,11 @@ def sample_cvdm(
         for i in reversed(range(n)):
             now = fractions[i]
             eps = network(x, now, condition)
-            x = (x - (1 - now).sqrt() * eps) / now.sqrt()
+            x0 = (x - (1 - now).sqrt() * eps) / now.sqrt()
+            if bounds is not None:
+                x0 = x0.clamp(*bounds)
+                eps = (x - now.sqrt() * x0) / (1 - now).sqrt()
+            x = x0
             if i:
                 before = fractions[i - 1]
                 variance = (1 - kept[i]) * (1 - before) / (1 - now)

@@ -15,7 +15,7 @@ from perturbkit.diffusion import LearnedSchedule, cvdm_loss, sample_cvdm
 from perturbkit.papers import Comparison, Evidence, Run, paper
 from perturbkit.papers.diffusion._samples import draw_sheets, png
 
-_TRAINING_STEPS, _STEPS, _DRAWS = 1500, 50, 8
+_TRAINING_STEPS, _STEPS, _DRAWS = 1000, 50, 8
 
 
 class _Network(nn.Module):
@@ -80,12 +80,12 @@ class _Trained:
     seconds=100,
 )
 def reproduce(run: Run) -> Evidence:
-    """Posterior means and draws of 8x8 digits given 4x4 blurred noisy ones; three seeds, the same network."""
+    """Posterior means and draws of 8x8 digits given 4x4 blurred noisy ones; two seeds, the same network."""
     from perturbkit.data import load_digits8
 
     train, held = (_pairs(load_digits8(part).x * 2 - 1, run.generator(part)) for part in ("train", "test"))
     rows: dict[str, list[_Trained]] = {"learned": [], "linear": [], "cosine": [], "free": []}
-    for seed in run.seeds(3):
+    for seed in run.seeds(2):
         rows["learned"].append(_train(train, held, seed, None, 1e-3))
         rows["free"].append(_train(train, held, seed, None, 0.0))
         rows["linear"].append(_train(train, held, seed, _Given(VPSchedule()), 0.0))
@@ -110,14 +110,16 @@ def reproduce(run: Run) -> Evidence:
     comparisons.append(
         Comparison(
             "squared error of an untrained pair, against the worse given schedule", untrained.error,
-            max(sum(t.error for t in rows[k]) / 3 for k in ("linear", "cosine")), "lower", control=True,
+            max(sum(t.error for t in rows[k]) / 2 for k in ("linear", "cosine")), "lower", control=True,
         )
     )  # fmt: skip
     table = "; ".join(
-        f"{k} {sum(t.error for t in v) / 3:.4f}, {sum(t.energy for t in v) / 3:.3f}, {sum(t.steepness for t in v) / 3:.1f}"
+        f"{k} {sum(t.error for t in v) / 2:.4f}, {sum(t.energy for t in v) / 2:.3f}, {sum(t.steepness for t in v) / 2:.1f}"
         for k, v in rows.items()
     )
-    notes = f"Squared error, energy score and steepest fall by schedule (free: learned without regulariser): {table}."
+    notes = f"Squared error, energy score and steepest fall by schedule (free: learned without regulariser): {table}. "
+        "Guesses of the data are cut off outside [-1, 1], as DDPM does: without that the chains of the given schedules ran away "
+        "(squared errors 0.6 and 7e9 in a first run), not the learned one's."
     learned = rows["learned"][0]
     small = nn.functional.interpolate(held[1][:20].unflatten(1, (1, 4, 4)), scale_factor=2.0)[:, 0]
     sheets = {"given": small, "draws": learned.draws[:20], "truth": held[0][:20].unflatten(1, (8, 8))}
@@ -150,7 +152,7 @@ def _train(
     truth, condition = held[0][:200], held[1][:200]
     many = condition.repeat_interleave(_DRAWS, 0)
     start = randn((len(many), 64), generator=torch.Generator().manual_seed(seed))
-    draws = sample_cvdm(network, schedule, start, many, n_steps=_STEPS, generator=seed).x.reshape(
+    draws = sample_cvdm(network, schedule, start, many, n_steps=_STEPS, bounds=(-1.0, 1.0), generator=seed).x.reshape(
         200, _DRAWS, 64
     )
     error = float((draws.mean(1) - truth).square().mean())

@@ -117,9 +117,11 @@ def reproduce(run: Run) -> Evidence:
         f"{k} {sum(t.error for t in v) / 2:.4f}, {sum(t.energy for t in v) / 2:.3f}, {sum(t.steepness for t in v) / 2:.1f}"
         for k, v in rows.items()
     )
-    notes = f"Squared error, energy score and steepest fall by schedule (free: learned without regulariser): {table}. "
+    notes = (
+        f"Squared error, energy score and steepest fall by schedule (free: learned without regulariser): {table}. "
         "Guesses of the data are cut off outside [-1, 1], as DDPM does: without that the chains of the given schedules ran away "
         "(squared errors 0.6 and 7e9 in a first run), not the learned one's."
+    )
     learned = rows["learned"][0]
     small = nn.functional.interpolate(held[1][:20].unflatten(1, (1, 4, 4)), scale_factor=2.0)[:, 0]
     sheets = {"given": small, "draws": learned.draws[:20], "truth": held[0][:20].unflatten(1, (8, 8))}
@@ -152,9 +154,9 @@ def _train(
     truth, condition = held[0][:200], held[1][:200]
     many = condition.repeat_interleave(_DRAWS, 0)
     start = randn((len(many), 64), generator=torch.Generator().manual_seed(seed))
-    draws = sample_cvdm(network, schedule, start, many, n_steps=_STEPS, bounds=(-1.0, 1.0), generator=seed).x.reshape(
-        200, _DRAWS, 64
-    )
+    draws = sample_cvdm(
+        network, schedule, start, many, n_steps=_STEPS, bounds=(-1.0, 1.0), generator=seed
+    ).x.reshape(200, _DRAWS, 64)
     error = float((draws.mean(1) - truth).square().mean())
     near = (draws - truth[:, None]).norm(dim=2).mean(1)
     apart = torch.cdist(draws, draws).sum((1, 2)) / (_DRAWS * (_DRAWS - 1))

@@ -310,3 +310,48 @@ def test_weights_stay_and_come_back_when_the_loss_fails():
     with pytest.raises(checks.ModelError):
         true_utility(failing, net.parameters())
     assert torch.equal(flat(net.parameters()), before)
+
+
+def test_the_utility_of_a_unit_is_that_of_a_gate_on_its_output():
+    g = torch.Generator().manual_seed(31)
+    first, second = (
+        torch.randn(s, generator=g, dtype=torch.float64, requires_grad=True) for s in ((5, 3), (2, 5))
+    )
+    kernel = torch.randn(4, 5, 3, generator=g, dtype=torch.float64, requires_grad=True)
+    bias = torch.randn(2, generator=g, dtype=torch.float64, requires_grad=True)
+    x = torch.randn(7, 3, generator=g, dtype=torch.float64)
+
+    def loss(gate):
+        h = gate * torch.tanh(x @ first.T)
+        wide = torch.nn.functional.conv1d(h[:, :, None].expand(7, 5, 4), kernel)
+        return (h @ second.T + bias).square().sum() + wide.square().sum()
+
+    gate = torch.ones(5, dtype=torch.float64, requires_grad=True)
+    # Each path's own gate: a gate on the units moves both at once, so they are told apart by zeroing the other.
+    optimizer = UPGD([second, kernel, bias], lr=0.0, utility_decay=0.0, feature_wise=True, sigma=0.0)
+    loss(gate).backward()
+    total = -gate.grad
+    optimizer.step()
+    found = [optimizer.state[p]["utility"] for p in (second, kernel, bias)]
+    assert [u.shape for u in found] == [(5,), (5,), (2,)]
+    torch.testing.assert_close(found[0] + found[1], total)
+    torch.testing.assert_close(found[2], -bias.grad * bias.detach())
+
+
+@pytest.mark.parametrize("protect", [True, False])
+@pytest.mark.parametrize("scaling", ["global", "local"])
+def test_weights_that_leave_a_unit_are_spared_alike(protect, scaling):
+    g = torch.Generator().manual_seed(32)
+    w = torch.nn.Parameter(torch.randn(4, 3, generator=g, dtype=torch.float64))
+    before = w.detach().clone()
+    optimizer = UPGD(
+        [w], lr=0.1, sigma=0.0, utility_decay=0.5, protect=protect, scaling=scaling, feature_wise=True
+    )
+    w.grad = torch.randn(4, 3, generator=g, dtype=torch.float64)
+    optimizer.step()
+    utility = -(w.grad * before).sum(0)
+    spared = 1 - scaled_utility([utility], scaling)[0]
+    expected = before - 0.1 * w.grad * (spared if protect else 1.0)
+    torch.testing.assert_close(w.detach(), expected)
+    with pytest.raises(checks.ArgumentError, match="feature_wise and second_order"):
+        UPGD([w], second_order=True, feature_wise=True)

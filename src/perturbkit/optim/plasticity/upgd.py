@@ -55,6 +55,9 @@ class UPGD(BaseOptimizer):
         Random sign vectors that estimate the Hessian's diagonal; ``None`` computes it exactly, at one product a weight.
     seed : int
         Seed of noise and probes, zero or above.
+    feature_wise : bool
+        One utility for all weights that leave a unit, that of a gate of one on its output, instead of one a weight. Vectors
+        (biases) keep their own.
 
     Raises
     ------
@@ -68,7 +71,9 @@ class UPGD(BaseOptimizer):
 
     .. math:: w \leftarrow (1 - \eta \lambda) w - \gamma \eta (g + \xi) (1 - s),
 
-    or :math:`(g + \xi (1 - s))` without protection. The global s is at most 0.731: no weight is ever frozen.
+    or :math:`(g + \xi (1 - s))` without protection. The global s is at most 0.731: no weight is ever frozen. By features,
+    :math:`U_j = -\partial L / \partial \text{gate}_j = -\sum_i g_{ij} w_{ij}` over the weights that leave unit j (second dimension of a
+    weight), by the chain rule.
 
     Cost: one gradient a step, one buffer of the weights' size and normal draws. Second order: a graph of the gradient
     and ``n_probes`` Hessian-vector products.
@@ -102,7 +107,14 @@ class UPGD(BaseOptimizer):
         gain: float = 1.0,
         n_probes: int | None = 1,
         seed: int = 0,
+        feature_wise: bool = False,
     ) -> None:
+        if feature_wise and second_order:
+            raise checks.ArgumentError(
+                "feature_wise and second_order are both True; allowed: one of them, since the curvature of a gate is not a sum of those of "
+                "weights. Leave second_order out."
+            )
+        self._feature_wise = bool(feature_wise)
         self._protect, self._second_order = bool(protect), bool(second_order)
         self._scaling: Scaling = checks.one_of("scaling", scaling, _SCALINGS)
         self._probes = None if n_probes is None else checks.integer("n_probes", n_probes, low=1)
@@ -150,11 +162,13 @@ class UPGD(BaseOptimizer):
         generators: dict[torch.device, torch.Generator] = {}
         for (group, p), s in zip(members, scaled, strict=True):
             g, spared = _wide(p.grad), s.neg_().add_(1)  # type: ignore[arg-type]
+            if s.shape != p.shape:  # one a unit: along the second dimension
+                spared = spared.reshape(1, -1, *[1] * (p.ndim - 2))
             if group["sigma"] > 0:
                 if p.device not in generators:
                     generators[p.device] = torch.Generator(p.device).manual_seed(mixed_seed(self._seed, t, 0))
                 noise = randn(p.shape, generator=generators[p.device], like=g).mul_(group["sigma"])
-                g = (noise if self._protect else noise.mul_(spared)).add_(g)
+                g = (noise if self._protect else noise * spared).add_(g)
             # Of the parameter's own memory, but for half precision.
             w, rate = _wide(p), group["gain"] * group["lr"]
             if group["weight_decay"] > 0:
@@ -190,10 +204,15 @@ class UPGD(BaseOptimizer):
         """Return the running mean of a parameter's utilities, corrected for its start at zero."""
         state, decay = self.state[p], group["utility_decay"]
         w, g = _wide(p), _wide(p.grad)  # type: ignore[arg-type]
+        by_unit = self._feature_wise and w.ndim >= 2
         if "utility" not in state:
-            state["step"], state["utility"] = 0, torch.zeros_like(w)
+            state["step"], state["utility"] = 0, w.new_zeros(w.shape[1] if by_unit else w.shape)
         state["step"] += 1
-        state["utility"].mul_(decay).addcmul_(g, w, value=decay - 1)
+        if by_unit:
+            others = [d for d in range(w.ndim) if d != 1]
+            state["utility"].mul_(decay).add_((g * w).sum(others), alpha=decay - 1)
+        else:
+            state["utility"].mul_(decay).addcmul_(g, w, value=decay - 1)
         if curvature is not None:
             state["utility"].addcmul_(curvature * w, w, value=(1 - decay) / 2)
         return state["utility"] / (1 - decay ** state["step"])

@@ -16,6 +16,7 @@ import torch
 from benchmarks._timing import Row, compare
 from torch import Tensor
 
+from perturbkit.core import Oracle
 from perturbkit.explain import (
     DefaultRemoval,
     LinearModel,
@@ -100,6 +101,13 @@ def _pairs(
             lambda: attr.FeatureAblation(model).attribute(x, target=label).detach(),
             n * (d + 1),
         ),
+        "the same, as many rows at once as captum": (
+            lambda: occlusion(Oracle(model, chunk_size=n), x, label).values
+            if x.ndim == 4
+            else _leave_one_out(Oracle(model, chunk_size=n), x, label),
+            lambda: attr.FeatureAblation(model).attribute(x, target=label).detach(),
+            n * (d + 1),
+        ),
         f"KernelSHAP, {N_SUBSETS} subsets, shap": (
             lambda: _explained(Shapley(N_SUBSETS, "kernel"), model, x, label),
             lambda: _shap(model, x, label),
@@ -107,6 +115,11 @@ def _pairs(
         ),
         f"KernelSHAP, {N_SUBSETS} subsets, captum": (
             lambda: _explained(Shapley(N_SUBSETS, "kernel"), model, x, label),
+            lambda: _captum_rows(attr.KernelShap(model), x, label, {"n_samples": N_SUBSETS, "perturbations_per_eval": 64}),
+            n * N_SUBSETS,
+        ),
+        "the same, 64 rows at once as captum": (
+            lambda: _explained(Shapley(N_SUBSETS, "kernel"), Oracle(model, chunk_size=64), x, label),
             lambda: _captum_rows(attr.KernelShap(model), x, label, {"n_samples": N_SUBSETS, "perturbations_per_eval": 64}),
             n * N_SUBSETS,
         ),

@@ -113,3 +113,13 @@ def test_an_extra_that_fails_inside_is_not_called_missing(tmp_path, monkeypatch:
     with pytest.raises(ModuleNotFoundError, match="no_such_dependency") as caught:
         checks.extra("present_but_broken", "cluster")
     assert not isinstance(caught.value, MissingExtraError)
+
+
+@pytest.mark.parametrize(
+    "value", [torch.zeros(3), torch.zeros(3, 2), [0.0, 0.0, 0.0]], ids=["flat", "wide", "list"]
+)
+def test_answers_have_the_shape_of_their_input(value):
+    x = torch.zeros(3, 1)
+    assert checks.answer("net", x, x) is x
+    with pytest.raises(checks.ModelError, match=r"net answered .*allowed: the shape of its input, \(3, 1\)"):
+        checks.answer("net", value, x)

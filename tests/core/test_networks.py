@@ -69,6 +69,18 @@ def test_scalings(schedule):
     torch.testing.assert_close(inner.seen[1], torch.full_like(t, float(schedule.lam(0.4).log())))
 
 
+@pytest.mark.parametrize(
+    "schedule", [EDMSchedule(), VPSchedule(), FlowSchedule(1.0)], ids=lambda s: type(s).__name__
+)
+def test_ends_of_the_schedule(schedule):
+    g = torch.Generator().manual_seed(5)
+    model = made(lambda: Preconditioned(TimeMLP(3, hidden=8), schedule, 0.5))
+    x = randn((4, 3), generator=g)
+    torch.testing.assert_close(model(x, 0.0), x)  # no noise is left: nothing to take away
+    assert bool(torch.isfinite(model(x, schedule.t_max)).all())
+    assert bool(torch.isfinite(model.loss(x, generator=g)))
+
+
 class Biased(nn.Module):
     def forward(self, x, t):
         return torch.ones_like(x)
@@ -114,6 +126,11 @@ def test_conditions_reach_the_network():
         (lambda: TimeMLP(2, depth=0), "depth"),
         (lambda: TimeMLP(2, condition_dim=-1), "condition_dim"),
         (lambda: TimeMLP(2, condition_dim=2)(torch.ones(3, 2), 0.5), "condition is None"),
+        (lambda: TimeMLP(2)(torch.ones(3, 2), 0.5, torch.ones(3, 1)), "condition is of shape"),
+        (lambda: TimeMLP(2)(torch.ones(3, 4), 0.5), r"x has shape \(3, 4\)"),
+        (lambda: TimeMLP(2)(torch.ones(3, 2), torch.ones(3, 1)), r"t has shape \(3, 1\)"),
+        (lambda: TimeMLP(2)(torch.ones(3, 2), torch.ones(2)), r"t has shape \(2,\)"),
+        (lambda: SmallUNet(1, width=8)(torch.ones(1, 3, 8, 8), 0.5), r"x has shape \(1, 3, 8, 8\)"),
         (lambda: SmallUNet(1, width=12), "multiple of 8"),
         (lambda: SmallUNet(1, width=8)(torch.ones(1, 1, 6, 8), 0.5), "multiples of 4"),
         (lambda: SmallUNet(1, width=8, condition_channels=1)(torch.ones(2, 1, 8, 8), 0.5, torch.ones(1, 1, 8, 8)), "condition"),
@@ -124,8 +141,14 @@ def test_conditions_reach_the_network():
             ),
             "levels",
         ),
+        (
+            lambda: Preconditioned(TimeMLP(2), VPSchedule(), 1.0).loss(
+                torch.ones(2, 2), generator=torch.Generator(), t_end=0.0
+            ),
+            "t_end",
+        ),
     ],
-    ids=["dim", "depth", "condition_dim", "no condition", "width", "sides", "condition shape", "data_std", "levels"],
+    ids=["dim", "depth", "condition_dim", "no condition", "condition unasked", "x", "t column", "t rows", "channels", "width", "sides", "condition shape", "data_std", "levels", "t_end"],
 )  # fmt: skip
 def test_refusals(build, match):
     with pytest.raises(ArgumentError, match=match):

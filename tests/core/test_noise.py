@@ -179,6 +179,10 @@ def test_denoiser_takes_one_time_a_row():
         (lambda: Denoiser(lambda x, t: x, VPSchedule(), predicts="noise"), "predicts is 'noise'; allowed"),
         (lambda: Denoiser(3, VPSchedule()), "fun is a int"),
         (lambda: Denoiser(lambda x, t: x, "vp"), "schedule is a str"),
+        (
+            lambda: Denoiser(lambda x, t: x[:, 0], VPSchedule()).x0(torch.ones(3, 1), 0.5),
+            r"answered shape \(3,\)",
+        ),
     ],
 )
 def test_refusals(call, match):

@@ -131,6 +131,20 @@ def test_modes_and_frozen_parameters_stay():
     assert [m.training for m in model] == [False, False, False, True, False]
 
 
+class Counting(torch.optim.SGD):
+    """Counts its steps in its group, as some optimizers do, and goes by the count."""
+
+    def __init__(self, weights):
+        super().__init__(weights, lr=0.05, momentum=0.9)
+        self.param_groups[0]["count"] = 0
+
+    def step(self, closure=None):
+        group = self.param_groups[0]
+        group["count"] += 1
+        group["lr"] /= group["count"]
+        return super().step(closure)
+
+
 @pytest.mark.parametrize("average", [None, 0.9], ids=["last", "averaged"])
 @pytest.mark.parametrize(
     "optimizer",
@@ -138,13 +152,19 @@ def test_modes_and_frozen_parameters_stay():
         torch.optim.AdamW,
         torch.optim.Rprop,
         lambda w: torch.optim.SGD(w, lr=0.05, momentum=0.9, nesterov=True),
+        Counting,
     ],
-    ids=["adamw", "rprop", "momentum"],
+    ids=["adamw", "rprop", "momentum", "counting"],
 )
 @pytest.mark.parametrize("stop", [1, 7], ids=["after-1", "after-7"])
 def test_an_interrupted_run_goes_on_bit_for_bit(tmp_path, optimizer, average, stop):
     whole, parted = net(dropout=0.3), net(dropout=0.3)
-    options = {"optimizer": optimizer, "average": average}
+    # An optimizer that sets its own rate is left to it.
+    options = {
+        "optimizer": optimizer,
+        "average": average,
+        "decay": "none" if optimizer is Counting else "cosine",
+    }
     expected = run(whole, **options)
     path, calls = tmp_path / "run.safetensors", []
 
@@ -230,6 +250,61 @@ def test_a_time_limit_ends_a_run():
     assert run(net(), steps=2, seconds=100.0).ended == "steps"
 
 
+def test_a_run_that_a_time_limit_ended_is_kept(tmp_path):
+    path, model, again = tmp_path / "run.safetensors", net(), net(seed=3)
+    options = {"steps": None, "seconds": 0.05, "average": 0.9, "checkpoint": path}
+    expected = run(model, **options)
+    found = run(again, **options)
+    assert found.ended == "seconds"
+    assert same(model, again)
+    assert torch.equal(found.losses, expected.losses)
+
+
+def test_an_interruption_after_the_last_step_is_not_lost(tmp_path):
+    path, calls = tmp_path / "run.safetensors", []
+
+    class Reporter:
+        def start(self, description, total):
+            pass
+
+        def advance(self, steps=1):
+            calls.append(1)
+            if len(calls) == 12:
+                os.kill(os.getpid(), signal.SIGINT)
+
+        def stop(self):
+            pass
+
+    with pytest.raises(KeyboardInterrupt):
+        run(net(), checkpoint=path, progress=Reporter())
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    found, whole = net(seed=3), net()
+    run(found, checkpoint=path)
+    run(whole)
+    assert same(found, whole)
+
+
+def test_gradients_of_weights_that_the_optimizer_was_not_given_are_not_added_up():
+    first, norms = nn.Linear(3, 1), []
+
+    def plain(model, x, y, *, generator):
+        norms.append(0.0 if model.bias.grad is None else float(model.bias.grad.abs()))
+        return model(x).mean() + model.bias.sum()
+
+    fit(first, plain, (X, Y), steps=4, optimizer=lambda w: torch.optim.SGD(w[:1], lr=0.1), progress=False)
+    assert norms == [0.0, 2.0, 2.0, 2.0]
+
+
+def test_a_run_inside_no_grad_and_a_batch_of_one_tensor():
+    def squared_answer(model, x, *, generator):
+        return model(x).square().mean()
+
+    model = nn.Linear(3, 1)
+    with torch.no_grad():
+        found = fit(model, squared_answer, lambda g: X, steps=20, lr=0.1, progress=False)
+    assert found.losses[-1] < found.losses[0]
+
+
 def test_progress_is_reported():
     class Reporter:
         done, total, stopped = 0, None, False
@@ -268,6 +343,20 @@ def test_checkpoints_of_other_runs_are_refused(tmp_path):
         run(net(), checkpoint=path, steps=13)
     with pytest.raises(ArgumentError, match="another run"):
         run(net(), checkpoint=path, average=0.5)
+    with pytest.raises(ArgumentError, match="another run"):
+        run(net(), checkpoint=path, optimizer=lambda w: torch.optim.SGD(w, lr=0.1))
+    with pytest.raises(ArgumentError, match="another run"):
+        run(net(), checkpoint=path, lr=0.1)
+    with pytest.raises(ArgumentError, match="another run"):
+        fit(
+            net().double(),
+            squared,
+            (X.double(), Y.double()),
+            steps=12,
+            batch_size=16,
+            checkpoint=path,
+            progress=False,
+        )
     with pytest.raises(ArgumentError, match="another run"):
         fit(nn.Linear(3, 1), squared, (X, Y), steps=12, batch_size=16, checkpoint=path, progress=False)
     save_file({"a": torch.ones(1)}, path)
@@ -310,6 +399,16 @@ def test_refusals_of_things():
         fit(net(), squared, (X, Y[:4]), steps=1)
     with pytest.raises(ArgumentError, match="at least one"):
         fit(net(), squared, X[:0], steps=1)
+    with pytest.raises(ArgumentError, match=r"ndarray.*tensors"):
+        fit(net(), squared, X.numpy(), steps=1)
+    with pytest.raises(ArgumentTypeError, match="answered a dict"):
+        fit(net(), squared, lambda g: {"x": X}, steps=1)
+    with pytest.raises(ArgumentTypeError, match="optimizer is Adam"):
+        fit(net(), squared, (X, Y), steps=1, optimizer=torch.optim.Adam(net().parameters()))
+    with pytest.raises(ArgumentTypeError, match="optimizer answered NoneType"):
+        fit(net(), squared, (X, Y), steps=1, optimizer=lambda w: None)
+    with pytest.raises(ModelError, match="does not depend"):
+        fit(net(), lambda m, x, y, *, generator: (m(x) - y).detach().mean(), (X, Y), steps=1, progress=False)
     frozen = copy.deepcopy(net()).requires_grad_(False)
     with pytest.raises(ModelError, match="trainable"):
         run(frozen)

@@ -25,6 +25,7 @@ __all__ = [
     "ModelError",
     "PerturbkitError",
     "PerturbkitWarning",
+    "answer",
     "array",
     "between",
     "extra",
@@ -268,6 +269,36 @@ def same_shape(name: str, value: torch.Tensor, other_name: str, other: torch.Ten
         raise ArgumentError(
             f"{name} has shape {tuple(value.shape)}; allowed: the shape of {other_name}, "
             f"{tuple(other.shape)}. Reshape one of them."
+        )
+    return value
+
+
+def answer(name: str, value: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+    """Accept what a model answered, if it is a tensor in the shape of its input.
+
+    Another shape would often broadcast, and say nothing: (n,) against (n, 1) makes (n, n).
+
+    Raises
+    ------
+    ModelError
+        If it is not.
+
+    Examples
+    --------
+    >>> import torch
+    >>> answer("net", torch.zeros(3), torch.zeros(3, 1))
+    Traceback (most recent call last):
+        ...
+    perturbkit.core.checks.ModelError: net answered shape (3,); allowed: the shape of its input, (3, 1). Reshape what it answers.
+    """
+    import torch
+
+    if not isinstance(value, torch.Tensor) or value.shape != x.shape:
+        shown = (
+            f"shape {tuple(value.shape)}" if isinstance(value, torch.Tensor) else f"a {type(value).__name__}"
+        )
+        raise ModelError(
+            f"{name} answered {shown}; allowed: the shape of its input, {tuple(x.shape)}. Reshape what it answers."
         )
     return value
 

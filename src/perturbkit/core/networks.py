@@ -18,6 +18,8 @@ from perturbkit.core.random import randn, uniform
 
 __all__ = ["Preconditioned", "SmallUNet", "TimeMLP", "edm_scalings"]
 
+_TRACE = 1e-6
+
 
 class _TimeFeatures(nn.Module):
     """Sines and cosines of a time at rates from ``slow`` to ``fast``, shape (n, size)."""
@@ -80,7 +82,7 @@ class TimeMLP(nn.Module):
         activation: type[nn.Module] = nn.SiLU,
     ) -> None:
         super().__init__()
-        checks.integer("dim", dim, low=1)
+        self.dim = checks.integer("dim", dim, low=1)
         checks.integer("hidden", hidden, low=1)
         checks.integer("depth", depth, low=1)
         self.condition_dim = checks.integer("condition_dim", condition_dim, low=0)
@@ -93,9 +95,11 @@ class TimeMLP(nn.Module):
         self.body = nn.Sequential(*layers, nn.Linear(hidden, width))
 
     def forward(self, x: Tensor, t: Tensor | float, condition: Tensor | None = None) -> Tensor:
-        parts = [x, self.features(_row_times(t, x))]
-        if self.condition_dim:
-            parts.append(_given(condition, (len(x), self.condition_dim)))
+        if x.ndim != 2 or x.shape[1] != self.dim:
+            raise checks.ArgumentError(
+                f"x has shape {tuple(x.shape)}; allowed: (n, {self.dim}). Flatten the rows, or build the network for their size."
+            )
+        parts = [x, self.features(_row_times(t, x)), *_given(condition, (len(x), self.condition_dim))]
         return self.body(torch.cat(parts, 1))
 
 
@@ -147,7 +151,7 @@ class SmallUNet(nn.Module):
         condition_channels: int = 0,
     ) -> None:
         super().__init__()
-        checks.integer("channels", channels, low=1)
+        self.channels = checks.integer("channels", channels, low=1)
         self.levels = checks.integer("levels", levels, low=1)
         self.condition_channels = checks.integer("condition_channels", condition_channels, low=0)
         answers = channels if out_channels is None else checks.integer("out_channels", out_channels, low=1)
@@ -167,14 +171,13 @@ class SmallUNet(nn.Module):
         self.last = nn.Sequential(nn.GroupNorm(8, width), nn.SiLU(), nn.Conv2d(width, answers, 3, padding=1))
 
     def forward(self, x: Tensor, t: Tensor | float, condition: Tensor | None = None) -> Tensor:
-        if x.ndim != 4 or any(side % 2**self.levels for side in x.shape[2:]):
+        if x.ndim != 4 or x.shape[1] != self.channels or any(side % 2**self.levels for side in x.shape[2:]):
             raise checks.ArgumentError(
-                f"x has shape {tuple(x.shape)}; allowed: (n, channels, height, width), sides multiples of {2**self.levels}. "
-                "Pad the images, or build the network with fewer levels."
+                f"x has shape {tuple(x.shape)}; allowed: (n, {self.channels}, height, width), sides multiples of "
+                f"{2**self.levels}. Pad the images, or build the network with fewer levels."
             )
         time = self.time(_row_times(t, x))
-        if self.condition_channels:
-            x = torch.cat([x, _given(condition, (len(x), self.condition_channels, *x.shape[2:]))], 1)
+        x = torch.cat([x, *_given(condition, (len(x), self.condition_channels, *x.shape[2:]))], 1)
         h, kept = self.first(x), []
         for block, shrink in zip(self.down, self.shrink, strict=True):
             h = block(h, time)
@@ -283,9 +286,12 @@ class Preconditioned(nn.Module):
             The mean of ``(1 / lam^2 + 1 / s^2) |x0' - x0|^2`` over rows and coordinates, whose weight makes the network's own
             answer count alike at every level.
         """
+        checks.tensor("x0", x0)
         checks.one_of("levels", levels, ("log-uniform", "log-normal", "uniform"))
+        checks.between("t_end", t_end, 0, self.schedule.t_max, inclusive="neither")
         n, last = (len(x0),), self.schedule.t_max
         low, high = self.schedule.lam(torch.tensor([t_end, last], dtype=torch.float64)).log().tolist()
+        high = min(high, -math.log(_TRACE))
         if levels == "uniform":
             t = uniform(n, t_end, last, generator=generator, dtype=torch.float64)
         elif levels == "log-uniform":
@@ -333,16 +339,24 @@ def edm_scalings(
     [1.414, 0.0, 1.0, 0.707]
     """
     t = _row_times(t, x)
-    lam = schedule.lam(t).to(x)
+    alpha = schedule.alpha(t).to(x)
+    # Where no signal is left, a trace of it; where no noise is, the network's answer has no weight.
+    lam = torch.where(alpha > _TRACE, schedule.lam(t).to(x), schedule.sigma(t).to(x) / _TRACE)
     level = _along(lam, x)
-    z = x / _along(schedule.alpha(t).to(x), x)
+    z = x / _along(alpha.clamp_min(_TRACE), x)
     total = level**2 + data_std**2
-    return z / total.sqrt(), lam.log(), (data_std**2 / total) * z, level * data_std / total.sqrt()
+    log_level = lam.clamp_min(torch.finfo(x.dtype).tiny).log()
+    return z / total.sqrt(), log_level, (data_std**2 / total) * z, level * data_std / total.sqrt()
 
 
 def _row_times(t: Tensor | float, x: Tensor) -> Tensor:
     """One time a row, in the dtype of the rows."""
-    return torch.as_tensor(t, dtype=x.dtype, device=x.device).expand(len(x))
+    times = torch.as_tensor(t, dtype=x.dtype, device=x.device)
+    if times.ndim and times.shape not in ((1,), (len(x),)):
+        raise checks.ArgumentError(
+            f"t has shape {tuple(times.shape)}; allowed: one time, or {len(x)}, one a row. Pass t of shape ({len(x)},)."
+        )
+    return times.expand(len(x))
 
 
 def _along(values: Tensor, x: Tensor) -> Tensor:
@@ -350,8 +364,14 @@ def _along(values: Tensor, x: Tensor) -> Tensor:
     return values.reshape(-1, *[1] * (x.ndim - 1))
 
 
-def _given(condition: Tensor | None, shape: tuple[int, ...]) -> Tensor:
-    if condition is None or tuple(condition.shape) != shape:
+def _given(condition: Tensor | None, shape: tuple[int, ...]) -> list[Tensor]:
+    """Return the condition, checked, or nothing where the network takes none."""
+    if condition is None and not shape[1]:
+        return []
+    if condition is None or not shape[1] or tuple(condition.shape) != shape:
         shown = "None" if condition is None else f"of shape {tuple(condition.shape)}"
-        raise checks.ArgumentError(f"condition is {shown}; allowed: shape {shape}. Pass one condition a row.")
-    return condition
+        wanted = (
+            f"shape {shape}. Pass one condition a row" if shape[1] else "None. Build the network with one"
+        )
+        raise checks.ArgumentError(f"condition is {shown}; allowed: {wanted}.")
+    return [condition]

@@ -543,7 +543,7 @@ class Denoiser:
             rows = x.new_full((len(x),), t)
         self.nfev += len(x)
         self.n_calls += 1
-        return self.fun(x, rows)
+        return checks.answer("the network", self.fun(x, rows), x)
 
     def predict(self, x: Tensor, t: Time, what: Prediction) -> Tensor:
         """Return the prediction in the parametrisation ``what``."""

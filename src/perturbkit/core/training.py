@@ -30,7 +30,7 @@ from perturbkit.core.results import Result
 
 __all__ = ["History", "fit"]
 
-Batches = Tensor | Sequence[Tensor] | Callable[[torch.Generator], Sequence[Tensor]]
+Batches = Tensor | Sequence[Tensor] | Callable[[torch.Generator], Tensor | Sequence[Tensor]]
 _CHECKED_EVERY = 100
 _FORMAT = "perturbkit training 1"
 
@@ -85,7 +85,7 @@ def fit(
         ``loss(model, *batch, generator=g) -> Tensor``, one number to make small. Its own draws come from ``g``.
     data : Tensor, sequence of Tensor or callable
         Rows, of which each batch draws ``batch_size`` with replacement, the same rows of every tensor; or
-        ``data(generator) -> sequence of Tensor``, which makes a batch.
+        ``data(generator) -> Tensor or sequence of Tensor``, which makes a batch.
     steps, seconds : int or float, optional
         When to end, whichever comes first; at least one of the two.
     batch_size : int
@@ -103,7 +103,8 @@ def fit(
         Largest norm of the whole gradient.
     generator : torch.Generator, int or None
         Source of the batches, of the loss's draws, and of a seed for dropout, which PyTorch draws from its global
-        generator; that is left as it was.
+        generator; that is left as it was. Dropout on an accelerator draws from that device's own generator, which is
+        neither seeded nor kept.
     checkpoint : path, optional
         A ``.safetensors`` file, written every ``checkpoint_seconds`` and when the run is interrupted. If it is there
         at the start, the run goes on from it; delete it to begin again. It stays after the last step.
@@ -156,9 +157,14 @@ def fit(
         raise checks.ModelError(
             "the model has no trainable parameters; allowed: at least one with requires_grad. Unfreeze what is to be trained."
         )
-    made = optimizer(weights) if optimizer is not None else torch.optim.Adam(weights, lr=lr)
-    run = _Run(model, made, weights, average, g, f"{steps} {seconds} {batch_size} {decay} {clip}")
+    made = _made(optimizer, weights, lr)
+    rate = lr if optimizer is None else None
+    options = (
+        f"{steps} {seconds} {batch_size} {rate} {decay} {clip} {average} {type(made).__name__} {len(weights)}"
+    )
+    run = _Run(model, made, weights, average, g, options)
     with ExitStack() as stack:
+        stack.enter_context(torch.enable_grad())
         stack.enter_context(keeping_modes(model))
         stack.enter_context(seeded_init(seeds(g, 1)[0]))
         interrupted = stack.enter_context(_interruptions_after_the_step())
@@ -202,11 +208,12 @@ class _Run:
     ) -> str:  # fmt: skip
         """Step until a limit is reached, and say which."""
         started, saved = time.monotonic() - self.elapsed, time.monotonic()
+        before, ended = self.step, "steps"
         left = None if steps is None else max(steps - self.step, 0)
         for _ in track(_counter(left), "training", total=left, progress=progress):
             if seconds is not None and self.losses and self.elapsed >= seconds:
-                self._check_losses()
-                return "seconds"
+                ended = "seconds"
+                break
             if cosine:
                 shares = (self.step / steps if steps else 0.0, self.elapsed / seconds if seconds else 0.0)
                 self._set_rate(0.5 + 0.5 * math.cos(math.pi * min(max(shares), 1.0)))
@@ -214,16 +221,16 @@ class _Run:
             self.elapsed = time.monotonic() - started
             if self.step % _CHECKED_EVERY == 0:
                 self._check_losses()
-            due = time.monotonic() - saved > checkpoint_seconds
-            if path is not None and (interrupted or due):
+            stopping = bool(interrupted)  # read once: no interruption may come in between the two tests below
+            if path is not None and (stopping or time.monotonic() - saved > checkpoint_seconds):
                 self.save(path)
                 saved = time.monotonic()
-            if interrupted:
+            if stopping:
                 raise KeyboardInterrupt
         self._check_losses()
-        if path is not None and left:
+        if path is not None and self.step > before:
             self.save(path)
-        return "steps"
+        return ended
 
     def _take_step(
         self,
@@ -237,7 +244,14 @@ class _Run:
                 f"of shape {tuple(value.shape)}" if isinstance(value, Tensor) else f"a {type(value).__name__}"
             )
             raise checks.ModelError(f"the loss is {shown}; allowed: a tensor of one number. Return its mean.")
-        self.optimizer.zero_grad(set_to_none=True)
+        if not value.requires_grad:
+            raise checks.ModelError(
+                "the loss does not depend on the trained weights; allowed: one with a gradient. Compute it from the model's "
+                "answers, without detach, item or torch.no_grad."
+            )
+        # Of all of them: clipping also looks at those that the optimizer was not given.
+        for weight in self.weights:
+            weight.grad = None
         value.backward()
         if clip is not None:
             nn.utils.clip_grad_norm_(self.weights, clip)
@@ -288,7 +302,18 @@ class _Run:
                     tensors[f"optimizer.{i}.{k}"] = v
                 else:
                     numbers[f"{i}.{k}"] = v
-        kept = {"step": self.step, "elapsed": self.elapsed, "options": self.options, "numbers": numbers}
+        # Some optimizers count in their groups.
+        groups = [
+            {k: v for k, v in group.items() if isinstance(v, bool | int | float)}
+            for group in state["param_groups"]
+        ]
+        kept = {
+            "step": self.step,
+            "elapsed": self.elapsed,
+            "options": self.options,
+            "numbers": numbers,
+            "groups": groups,
+        }
         part = path.with_name(path.name + ".part")
         whole = {k: v.detach().cpu().contiguous().clone() for k, v in tensors.items()}
         save_file(whole, part, {"format": _FORMAT, "run": json.dumps(kept)})
@@ -307,12 +332,14 @@ class _Run:
                 f"checkpoint is {path}, which cannot be read ({error}); allowed: a file that fit wrote. Delete it to begin again."
             ) from error
         kept = json.loads(about["run"]) if about.get("format") == _FORMAT else {}
-        shapes = {k: v.shape for k, v in self.model.state_dict().items()}
-        stored = {k.removeprefix("model."): v.shape for k, v in tensors.items() if k.startswith("model.")}
+        shapes = {k: (v.shape, v.dtype) for k, v in self.model.state_dict().items()}
+        stored = {
+            k.removeprefix("model."): (v.shape, v.dtype) for k, v in tensors.items() if k.startswith("model.")
+        }
         n_averages = sum(k.startswith("average.") for k in tensors)
         if shapes != stored or kept.get("options") != self.options or n_averages != len(self.averaged or []):
             raise checks.ArgumentError(
-                f"checkpoint is {path}, written by another run (another model, other steps, batches or averaging); allowed: "
+                f"checkpoint is {path}, written by another run (another model, other steps, batches, rate, averaging or optimizer); allowed: "
                 "one of this run. Choose another path, or delete it to begin again."
             )
         self.model.load_state_dict({k: tensors[f"model.{k}"] for k in shapes})
@@ -327,7 +354,9 @@ class _Run:
             if name.startswith("optimizer."):
                 _, i, k = name.split(".", 2)
                 state.setdefault(int(i), {})[k] = tensors[name]
-        self.optimizer.load_state_dict({**self.optimizer.state_dict(), "state": state})
+        own = self.optimizer.state_dict()["param_groups"]
+        groups = [group | counted for group, counted in zip(own, kept["groups"], strict=True)]
+        self.optimizer.load_state_dict({"state": state, "param_groups": groups})
         self.generator.set_state(tensors["generator"])
         torch.default_generator.set_state(tensors["dropout"])
         self.losses = list(tensors["losses"].to(device))
@@ -353,6 +382,8 @@ def _interruptions_after_the_step() -> Iterator[list[bool]]:
         yield pressed
     finally:
         signal.signal(signal.SIGINT, usual)
+    if pressed:  # after the last step: nobody has looked since
+        raise KeyboardInterrupt
 
 
 def _counter(n: int | None) -> Iterator[int]:
@@ -364,10 +395,11 @@ def _counter(n: int | None) -> Iterator[int]:
 
 def _drawing(data: Batches, batch_size: int) -> Callable[[torch.Generator], Sequence[Tensor]]:
     if not isinstance(data, Tensor) and callable(data):
-        return data
-    rows = (data,) if isinstance(data, Tensor) else tuple(data)
+        return lambda generator: _batch(data(generator))
+    rows = (data,) if isinstance(data, Tensor) else tuple(data) if isinstance(data, list | tuple) else ()
     if not rows or not all(isinstance(r, Tensor) and r.ndim and len(r) == len(rows[0]) > 0 for r in rows):
-        shown = [tuple(r.shape) if isinstance(r, Tensor) else type(r).__name__ for r in rows]
+        shown: object = [tuple(r.shape) if isinstance(r, Tensor) else type(r).__name__ for r in rows]
+        shown = shown if isinstance(data, Tensor | list | tuple) else f"a {type(data).__name__}"
         raise checks.ArgumentError(
             f"data is {shown}; allowed: tensors with as many rows, at least one, or a function that makes a batch. Pass (x, y)."
         )
@@ -377,6 +409,33 @@ def _drawing(data: Batches, batch_size: int) -> Callable[[torch.Generator], Sequ
         return [r[chosen.to(r.device)] for r in rows]
 
     return draw
+
+
+def _batch(made: Any) -> Sequence[Tensor]:
+    """Return what a function made as a batch; one tensor is a batch of one."""
+    if isinstance(made, Tensor):
+        return (made,)
+    if not isinstance(made, list | tuple):
+        raise checks.ArgumentTypeError(
+            f"data answered a {type(made).__name__}; allowed: a tensor or a tuple of tensors. Return (x, y)."
+        )
+    return made
+
+
+def _made(
+    optimizer: Callable[[list[nn.Parameter]], torch.optim.Optimizer] | None,
+    weights: list[nn.Parameter],
+    lr: float,
+) -> torch.optim.Optimizer:
+    if optimizer is None:
+        return torch.optim.Adam(weights, lr=lr)
+    made = optimizer(weights) if callable(optimizer) else optimizer
+    if not callable(optimizer) or not isinstance(made, torch.optim.Optimizer):
+        raise checks.ArgumentTypeError(
+            f"optimizer {'answered' if callable(optimizer) else 'is'} {type(made).__name__}; allowed: a function of the "
+            "weights that answers a torch.optim.Optimizer. Pass lambda weights: torch.optim.SGD(weights, lr=0.1)."
+        )
+    return made
 
 
 def _check(

@@ -78,5 +78,5 @@ def _modules(package: Path) -> list[Path]:
 
 
 def _public(package: Path, module: Path) -> bool:
-    # checks and random are used as `checks.positive`, so their functions stay inside them.
-    return not (package.name == "core" and module.stem in ("checks", "random"))
+    # checks and random are used as `checks.positive`, and the names of sampling say little outside it.
+    return not (package.name == "core" and module.stem in ("checks", "random", "sampling"))

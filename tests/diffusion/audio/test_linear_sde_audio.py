@@ -48,6 +48,12 @@ EXAMPLE = Example(
         ),
         (lambda: VP.reverse_sample(gaussian(VP), state(), VP.times(5), snr=0.0), "snr is 0"),
         (lambda: VP.loss(gaussian(VP), state(), t_min=2.0), "t_min is 2"),
+        (lambda: LinearSDE(lambda t: 0.0, torch.ones_like), "drift answered a float"),
+        (lambda: VP.transition(state(), torch.ones(4)), "t has shape"),
+        (lambda: VP.loss(lambda x, t, c: x[:, :1], state()), "score_net answered shape"),
+        (lambda: VP.reverse_sample(lambda x, t, c: x[:, :1], state(), VP.times(5)), "score answered shape"),
+        (lambda: WaveScoreNet(3)(state(2, 64), state(1, 2)[0], state(4, 5)), "x, t and mel are"),
+        (lambda: mel_spectrogram(state(2, 1000), 4000, n_fft=255), "n_fft is 255"),
         (lambda: WaveScoreNet(0), "mel_bands is 0"),
         (lambda: mel_spectrogram(state(2, 100), 4000), "wave has 100 samples"),
     ),
@@ -74,6 +80,9 @@ def test_presets_have_their_closed_transitions():
 def test_time_inverts_the_noise_level(sde):
     t = torch.tensor([0.001, 0.2, 0.5, 0.99], dtype=F64)
     torch.testing.assert_close(sde.time(sde.lam(t)), t, rtol=1e-9, atol=1e-12)
+    # One by one, also at edges of the table's cells and at both ends.
+    for at in (0.0, 3 / 512, 0.25, 0.5, 0.7, 1.0):
+        assert float(sde.time(float(sde.lam(at)))) == pytest.approx(at, rel=1e-9, abs=1e-12)
     grid = sde.times(7, t_end=0.01)
     levels = sde.lam(grid).log()
     torch.testing.assert_close(levels.diff(), levels.diff().mean().expand(7))

@@ -11,6 +11,7 @@ from _common import Example
 from perturbkit.core import VESchedule
 from perturbkit.core.random import randn
 from perturbkit.diffusion import MeanRevertingDiffusion, complex_stft, complex_stft_inverse
+from perturbkit.diffusion.audio._parts import langevin_step, like_noise
 
 F64 = torch.float64
 MODEL = MeanRevertingDiffusion()
@@ -35,6 +36,10 @@ EXAMPLE = Example(
         (lambda: MeanRevertingDiffusion(sigma_min=0.5, sigma_max=0.4), "sigma_max is 0.4"),
         (lambda: MODEL.marginal(state(), state(5), 0.5), "y has shape"),
         (lambda: MODEL.marginal(state(), state(), torch.ones(4)), "t has shape"),
+        (lambda: MODEL.marginal(state(), state(), -0.1), "t is -0.1"),
+        (lambda: MODEL.marginal(state(), state() + 0j, 0.5), "both real or both complex"),
+        (lambda: MODEL.sample(lambda x, y, t: x[:, :1], state(), MODEL.times(3)), "score answered shape"),
+        (lambda: MODEL.loss(lambda x, y, t: x[:, :1], state(), state()), "score_net answered shape"),
         (lambda: MODEL.sample(linear, state(), MODEL.times(3).flip(0)), "strictly decreasing"),
         (lambda: MODEL.sample(linear, state(), MODEL.times(3), x=state(5)), "y has shape"),
         (lambda: MODEL.sample(linear, state() * torch.nan, MODEL.times(3)), "y holds"),
@@ -186,3 +191,15 @@ def test_spectra_go_and_come_back(n_fft, hop, exponent):
     back = complex_stft_inverse(spectrum, 1000, n_fft, hop, exponent=exponent, factor=0.15)
     torch.testing.assert_close(back, wave, rtol=0, atol=1e-9)
     assert float(complex_stft(torch.zeros(1, 1000), n_fft, hop).abs().max()) == 0
+
+
+@pytest.mark.parametrize("kind", ["real", "complex", "one number a row"])
+def test_the_correctors_step_has_the_size_of_the_paper(kind):
+    x = state(5, 8) if kind != "one number a row" else state(5, 8)[:, 0]
+    x = torch.complex(x, x.flip(0)) if kind == "complex" else x
+    snr = 0.3
+    found = langevin_step(x, lambda x: -2 * x, snr, torch.Generator().manual_seed(4))
+    z = like_noise(x, torch.Generator().manual_seed(4))
+    for row, start, noise in zip(found, x, z, strict=True):
+        step = 2 * (snr * noise.norm() / (2 * start).norm()) ** 2
+        torch.testing.assert_close(row, start - 2 * step * start + (2 * step).sqrt() * noise)

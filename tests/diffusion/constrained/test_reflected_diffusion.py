@@ -7,6 +7,7 @@ import torch
 from scipy.stats import kstest
 
 from _common import Example
+from perturbkit.core.random import randn
 from perturbkit.diffusion import ReflectedDiffusion, folded_normal_log_prob, folded_normal_score, reflect
 from perturbkit.diffusion.constrained import _parts
 
@@ -43,6 +44,10 @@ EXAMPLE = Example(
         (lambda: MODEL.perturb(rand(3, 2), 1.5), "t is 1.5"),
         (lambda: MODEL.perturb(rand(3, 2), torch.zeros(2)), "t has shape"),
         (lambda: MODEL.loss(zero, rand(3, 2) + 1), "x0 has values"),
+        (lambda: MODEL.loss(lambda x, t: x[:, :1], rand(3, 2)), "score answered shape"),
+        (lambda: MODEL.sample(lambda x, t: x[:, 0], rand(3, 2), TIMES), "score answered shape"),
+        (lambda: MODEL.flow(lambda x, t: x[:, 0], rand(3, 2), TIMES), "score answered shape"),
+        (lambda: MODEL.empirical_score(rand(3, 2), [1.0, 1.0, 1.0]), "weights is"),
         (lambda: MODEL.sample(zero, rand(3, 2), TIMES.flip(0)), "strictly monotone"),
         (lambda: MODEL.sample(zero, rand(3, 2), TIMES, weight=-1.0), "weight is -1"),
         (lambda: MODEL.sample(zero, rand(3, 2), TIMES, boundary="clip"), "boundary is 'clip'"),
@@ -215,3 +220,20 @@ def test_images_as_states():
     x = model.perturb(x0, t, 0)
     score = model.empirical_score(x0[:1])
     torch.testing.assert_close(score(x, t), model.transition_score(x, x0[:1].expand(3, 1, 2, 2), t))
+
+
+def test_a_step_and_its_corrector_by_hand():
+    model, start = ReflectedDiffusion(2, 0.05), rand(7, 2)
+    score, times, snr = model.empirical_score(rand(4, 2, seed=1)), torch.tensor([0.8, 0.5]).double(), 0.2
+    found = model.sample(score, start, times, corrector_steps=1, snr=snr, generator=3).x
+    g = torch.Generator().manual_seed(3)
+    before, after = (model.schedule.sigma(t) for t in times)
+    v = before**2 - after**2
+    x = reflect(
+        start + v * score(start, times[0].expand(7)) + v.sqrt() * randn(start.shape, generator=g, like=start)
+    )
+    eps = 2 * (snr * after) ** 2
+    x = reflect(
+        x + eps * score(x, times[1].expand(7)) + (2 * eps).sqrt() * randn(x.shape, generator=g, like=x)
+    )
+    torch.testing.assert_close(found, x)

@@ -39,6 +39,10 @@ def call(generator, dtype):
     return [plan.plan, plan.sample(x, 5, generator).x, *(d.x for d in drawn)]
 
 
+def zero_field(x, t):
+    return torch.zeros_like(x)
+
+
 FLAT = torch.ones(8, dtype=torch.float64)
 CUBE = ReflectedBridge(UnitCube(1), *nets())
 EXAMPLE = Example(
@@ -55,7 +59,18 @@ EXAMPLE = Example(
         (lambda: reflected_bridge_grid(FLAT, FLAT, 1.0).sample(rand(3, 1) + 1), "x0 has values"),
         (lambda: UnitCube(0), "dim is 0"),
         (lambda: Polygon(rand(2, 2)), "vertices has 2"),
+        (lambda: Polygon(torch.tensor([[0.0, 0], [1, 0], [1, 1], [0, 0]])), "corner 3 twice"),
         (lambda: ImplicitDomain(1.0, 2), "distance is a float"),
+        (
+            lambda: ImplicitDomain(lambda x: 1 - x.norm(dim=1, keepdim=True), 2).reflect(rand(5, 2)),
+            r"answers shape \(5, 1\)",
+        ),
+        (
+            lambda: ImplicitDomain(lambda x: 1 - x.detach().norm(dim=1), 2).reflect(rand(5, 2)),
+            "without a gradient",
+        ),
+        (lambda: CUBE.loss(lambda x, t: x[:, 0], rand(4, 1), rand(4), rand(4, 1)), "net answered shape"),
+        (lambda: CUBE.loss(zero_field, rand(4, 1), rand(4), rand(4)), "other has shape"),
         (
             lambda: ImplicitDomain(lambda x: -1 - x.square().sum(1), 2).reflect(rand(5, 2)),
             "leads 5 of 5 rows not back",
@@ -67,6 +82,24 @@ EXAMPLE = Example(
         (lambda: CUBE.forward_sample(rand(4, 2)), "x0 has shape"),
     ),
 )
+
+
+@pytest.mark.parametrize("offset", [0.0, 100.0], ids=["near", "far"])
+def test_narrow_corners_let_nothing_out_in_single_precision(offset):
+    angles = 2 * math.pi * torch.arange(10) / 10
+    reach = torch.tensor([1.0, 0.35]).repeat(5)
+    star = Polygon(offset + reach[:, None] * torch.stack((angles.cos(), angles.sin()), 1))
+    for spread in (0.5, 5.0):
+        x = offset + spread * torch.randn(20000, 2, generator=torch.Generator().manual_seed(0))
+        assert bool((~star.contains(x)).any())
+        assert bool(star.contains(star.reflect(x)).all())
+
+
+def test_the_loss_may_be_looked_at_without_training():
+    x, t, other = rand(6, 1), rand(6, seed=1), rand(6, 1, seed=2)
+    trained = CUBE.loss(CUBE.forward_net, x, t, other, generator=0)
+    with torch.no_grad():
+        assert float(CUBE.loss(CUBE.forward_net, x, t, other, generator=0)) == float(trained.detach())
 
 
 @pytest.mark.parametrize("shape", [(30,), (9, 7)])
@@ -263,3 +296,26 @@ def test_networks_come_near_the_exact_bridge():
     assert torch.equal(drawn.extras["trajectory"][0], x0)
     back = bridge.backward_sample(x1, generator=2).x
     assert float((back.sort(0).values - x0.sort(0).values).abs().mean()) < 0.2 * float(moved)
+
+
+def test_each_network_learns_from_the_drifts_of_the_others_paths():
+    class Watching(ReflectedBridge):
+        def loss(self, net, x, t, other, *, generator=None):
+            rows.append((net, x, t, other))
+            return super().loss(net, x, t, other, generator=generator)
+
+    rows = []
+    forward, backward = nets(2)
+    bridge = Watching(UnitCube(2), forward, backward, sigma=0.8, n_steps=4)
+    bridge.fit(
+        rand(20, 2), rand(20, 2, seed=1), n_stages=1, inner_steps=1, n_paths=30, generator=2, progress=False
+    )
+    (first, x, _, none), (second, y, t, drift) = rows
+    assert first is backward
+    assert not bool(none.any())  # nothing drives the first paths
+    assert second is forward
+    # The backward network rests while the forward one is trained.
+    torch.testing.assert_close(drift, UnitCube(2).faded(backward(y, t), y, bridge.width).detach())
+    assert bool(drift.any())
+    assert set(t.tolist()) <= {0.0, 0.25, 0.5, 0.75}
+    assert len(x) == len(y) == 256

@@ -45,6 +45,11 @@ EXAMPLE = Example(
         (lambda: sample_enkg(PRIOR, START, TIMES, nonlinear, Y, guidance=-1.0), "guidance is -1"),
         (lambda: sample_enkg(PRIOR, START, TIMES, nonlinear, Y, n_updates=0), "n_updates is 0"),
         (lambda: sample_enkg(PRIOR, START, TIMES, nonlinear, Y, window=(0.5, 0.2)), r"window\[1\] is 0.2"),
+        (lambda: sample_enkg(PRIOR, START, TIMES, nonlinear, Y, window=0.5), "window is 0.5"),
+        (
+            lambda: sample_enkg(PRIOR, START, TIMES, lambda x: nonlinear(x) / 0, Y),
+            "NaN or infinity to 9 of 9",
+        ),
         (lambda: sample_enkg(PRIOR, START, TIMES, nonlinear, Y, ode_steps=0), "ode_steps is 0"),
         (
             lambda: sample_enkg(PRIOR, START, TIMES, nonlinear, Y, noise_precision=torch.ones(3)),
@@ -54,6 +59,13 @@ EXAMPLE = Example(
         (lambda: sample_enkg(PRIOR, START, TIMES.flip(0), nonlinear, Y), "strictly decreasing"),
     ),
 )
+
+
+def test_a_measurement_may_be_one_number():
+    column = sample_enkg(PRIOR, START, TIMES, lambda x: x[:, :1] ** 3, Y[:1])
+    number = sample_enkg(PRIOR, START, TIMES, lambda x: x[:, 0] ** 3, Y[0])
+    torch.testing.assert_close(number.x, column.x)
+    torch.testing.assert_close(number.extras["misfit"], column.extras["misfit"])
 
 
 def one_step(denoiser, x, forward, y, times, **options):

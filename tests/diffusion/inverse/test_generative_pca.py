@@ -157,3 +157,12 @@ def test_a_curved_generator_finds_what_pca_does_not():
     assert cosine > 0.99
     assert cosine > abs(float(top(matrix) @ signal)) + 0.05
     assert found.cost.ngrad == 100 * (8 + 5 * 9)
+
+
+@pytest.mark.parametrize("least", [-1.0, -0.98, -1.02, -4.0])
+def test_a_negative_eigenvalue_of_the_same_size_does_not_hold_it_back(least):
+    basis = torch.linalg.qr(draw(3, 3, seed=8))[0]
+    matrix = basis @ torch.diag(torch.tensor([1.0, least, 0.2], dtype=torch.float64)) @ basis.T
+    found = generative_pca(matrix, project=lambda u: u, init=basis.sum(1), n_iter=400)
+    assert found.value == pytest.approx(1.0, abs=1e-8)
+    assert abs(float(found.x @ basis[:, 0])) == pytest.approx(1.0, abs=1e-8)

@@ -86,6 +86,14 @@ EXAMPLE = Example(
             lambda: sample_psld(PRIOR, START, TIMES, BlackBox(lambda x: x), START, gluing_weight=0.0),
             "gradient through a black box",
         ),
+        (
+            lambda: sample_psld(PRIOR, START, TIMES, lambda x: x.detach(), START, gluing_weight=0.0),
+            "forward answers without a gradient",
+        ),
+        (
+            lambda: sample_psld(PRIOR, START, TIMES, A, Y, encode=lambda x: x, decode=CODE["decode"]),
+            "encode answered shape",
+        ),
         (lambda: sample_psld(PRIOR, START, TIMES.flip(0), A, Y), "strictly decreasing"),
         (
             lambda: sample_psld(

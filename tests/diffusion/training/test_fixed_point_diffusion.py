@@ -33,6 +33,10 @@ EXAMPLE = Example(
     read=lambda result: [result.x],
     refusals=(
         (lambda: sample_fixed_point(made(), state(), EDM.times(4), total_iterations=3), "total_iterations is 3"),
+        (lambda: made()(state()[:, :1], 1.0), "x has shape"),
+        (lambda: made()(state(), 1.0, 2, state()[:1]), "initial is of shape"),
+        (lambda: made()(state(), 1.0, -1), "n_iterations is -1"),
+        (lambda: stochastic_jfb_loss(made(), state(), torch.zeros(len(state()))), "least noise at t is 0"),
         (
             lambda: sample_fixed_point(made(), state(), EDM.times(2), total_iterations=5, allocation=lambda n, k: [1, 2]),
             r"allocation gives \[1, 2\]",

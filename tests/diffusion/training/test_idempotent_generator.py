@@ -49,7 +49,7 @@ EXAMPLE = Example(
         (lambda: IdempotentGenerator(made()).fit(data(1), 3), "at least 2 rows"),
         (lambda: IdempotentGenerator(made()).project(data(), 0), "n_applications is 0"),
         (lambda: idempotent_losses(made(), data(), data(8)), "z has shape"),
-        (lambda: idempotent_losses(nn.Linear(3, 2).double(), data(), data()), r"answers of shape \(9, 2\)"),
+        (lambda: idempotent_losses(nn.Linear(3, 2).double(), data(), data()), r"answered shape \(9, 2\)"),
     ),
 )
 
@@ -181,7 +181,7 @@ def test_training_learns_a_line():
 def test_a_network_that_changes_the_shape_is_found_out():
     model = IdempotentGenerator(nn.Linear(3, 3).double()).watch(data())
     model.net = nn.Linear(3, 2).double()
-    with pytest.raises(ModelError, match="Change its last layer"):
+    with pytest.raises(ModelError, match="Reshape what it answers"):
         model.sample(3)
     with pytest.raises(ArgumentError, match="n is 0"):
         model.sample(0)

@@ -41,6 +41,7 @@ EXAMPLE = Example(
     refusals=(
         (lambda: input_perturbation_loss(gaussian(), data(), times(6), strength=-0.1), "strength is -0.1"),
         (lambda: input_perturbation_loss(gaussian(), data(), times(5)), "t has shape"),
+        (lambda: input_perturbation_loss(gaussian(), data(), 0 * times(6)), "least noise at t is 0"),
         (lambda: input_perturbation_loss(lambda x, t: x, data(), times(6)), "denoiser is a function"),
         (lambda: exposure_bias(gaussian(), data(1), VP.times(3)), "x0 has 1 rows"),
         (lambda: exposure_bias(gaussian(), data(), VP.times(3).flip(0)), "strictly decreasing"),

@@ -61,6 +61,8 @@ EXAMPLE = Example(
     stochastic=True,
     read=lambda result: [result.x],
     refusals=(
+        (lambda: cvdm_loss(network, LearnedSchedule(5), data()), "schedule is of 5 elements"),
+        (lambda: sample_cvdm(lambda x, G, c: x[:, :1], made(), data(), data(6, 2)), "network answered shape"),
         (lambda: sample_cvdm(network, made(), data(), n_steps=3), "condition is None"),
         (lambda: sample_cvdm(network, made(), data(), data(6, 4)), r"allowed: \(n, 2\)"),
         (lambda: sample_cvdm(network, made(), data(), data(5, 2)), "condition has shape"),
@@ -111,6 +113,17 @@ def test_other_parts_have_their_closed_forms():
         7 * weighted["steepness"],
     ]
     torch.testing.assert_close(weighted["total"], sum(parts))
+
+
+@pytest.mark.parametrize("order", [1, 2, 3, 5])
+def test_steepness_is_the_series_second_derivative(order):
+    x0, g = data(40), torch.Generator().manual_seed(4)
+    t = uniform((40, 1), generator=g, like=x0)
+    # G^k = exp(-k L t^2 / 2), one term at a time.
+    rate = [k * Square.speed for k in range(1, order + 1)]
+    second = sum(((r * t) ** 2 - r) * (-r * t**2 / 2).exp() for r in rate)
+    found = cvdm_loss(network, Square(), x0, reg=0.3, taylor_order=order, generator=4)
+    torch.testing.assert_close(found["steepness"], 0.3 * second.square().mean())
 
 
 def test_a_frozen_linear_schedule_has_ddpms_loss():

@@ -47,6 +47,8 @@ EXAMPLE = Example(
     refusals=(
         (lambda: quick(lambda z: z).fit(circle()), "generator_net is a function"),
         (lambda: quick(nn.Linear(1, 3)).fit(circle()), "a row of the data"),
+        (lambda: quick(nn.Linear(2, 2)).fit(circle()), r"does not take latents of shape \(1, 1\)"),
+        (lambda: quick(intrinsic_dim=0).fit(circle()), "intrinsic_dim is 0"),
         (lambda: quick(latent_dim=0).fit(circle()), "latent_dim is 0"),
         (lambda: quick(latent="beta").fit(circle()), "latent is 'beta'"),
         (lambda: quick(perturbation="none").fit(circle()), "perturbation is 'none'"),

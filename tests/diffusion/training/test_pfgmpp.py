@@ -41,6 +41,8 @@ EXAMPLE = Example(
         (lambda: FLOW.perturb(rand(4, 3), torch.ones(3)), "sigma has shape"),
         (lambda: FLOW.prior(0), "n is 0"),
         (lambda: FLOW.loss(lambda x, t: x, rand(4, 2)), "x0 has shape"),
+        (lambda: FLOW.loss(lambda x, t: x[:, :1], rand(4, 3)), r"answered shape \(4, 1\)"),
+        (lambda: FLOW.loss(lambda x, t: x, rand(4, 3), sigma=torch.zeros(4)), "sigma is 0"),
         (lambda: FLOW.sigma_to_radius(-1.0), "sigma is -1"),
         (lambda: mixture_poisson_denoiser(rand(4, 2), None, FLOW), "points has shape"),
         (lambda: mixture_poisson_denoiser(rand(2, 3), torch.tensor([1.0, 0.0]), FLOW), "weights is 0"),

@@ -83,6 +83,19 @@ EXAMPLE = Example(
             "diffusion is -1",
         ),
         (
+            lambda: LINEAR.velocity_loss(lambda x, t: x[:, 0], rand(3, 1), rand(3, 1)),
+            r"answered shape \(3,\)",
+        ),
+        (
+            lambda: LINEAR.denoiser_loss(lambda x, t: x[:, 0], rand(3, 1), rand(3, 1)),
+            r"answered shape \(3,\)",
+        ),
+        (
+            lambda: LINEAR.solve(lambda x, t: x[:, 0], rand(3, 1), torch.tensor([0.0, 1.0])),
+            "velocity answered",
+        ),
+        (lambda: LINEAR.score(zero)(rand(3, 2), torch.zeros(3)), "t is 0"),
+        (
             lambda: LINEAR.log_prob(zero, rand(3, 2), torch.tensor([0.0, 1.0]), divergence="none"),
             "divergence is",
         ),

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from perturbkit.core import Result, Schedule, checks
-from perturbkit.diffusion.samplers._parts import check_times
+from perturbkit.core.sampling import check_times
 
 __all__ = ["W2Bound", "probability_flow_w2_bound", "probability_flow_w2_gaussian", "steps_to_accuracy"]
 

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from perturbkit.core import Denoiser, EDMSchedule, Result, SampleResult, Schedule, checks
 from perturbkit.core.random import Seed, as_generator, randint, randn
-from perturbkit.diffusion.samplers._parts import Path, check_start, transfer
+from perturbkit.core.sampling import Path, check_start, transfer
 
 __all__ = [
     "EmpiricalDenoiser",

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from perturbkit.core import Cost, Denoiser, Result, SampleResult, Schedule, checks
 from perturbkit.core.random import Seed, as_generator, randn
-from perturbkit.diffusion.samplers._parts import Path, check_noise_left, check_start, check_times
+from perturbkit.core.sampling import Path, check_noise_left, check_start, check_times
 
 __all__ = ["KLBound", "PathKL", "decreasing_times", "path_kl", "sample_reverse_sde", "sampling_kl_bound"]
 

@@ -52,6 +52,7 @@ class WaveScoreNet(nn.Module):
         super().__init__()
         for name, value in (("mel_bands", mel_bands), ("channels", channels), ("layers", layers)):
             checks.integer(name, value, low=1)
+        self.mel_bands = mel_bands
         self.register_buffer("rates", torch.logspace(-1, 2, 16))
         self.time = nn.Sequential(
             nn.Linear(32, channels), nn.SiLU(), nn.Linear(channels, channels), nn.SiLU()
@@ -69,6 +70,15 @@ class WaveScoreNet(nn.Module):
         )
 
     def forward(self, x: Tensor, t: Tensor, mel: Tensor) -> Tensor:
+        given = [v if isinstance(v, Tensor) else torch.empty(()) for v in (x, t, mel)]
+        shapes = [tuple(v.shape) for v in given]
+        n = shapes[0][:1]
+        ranks = [len(shape) for shape in shapes]
+        if ranks != [2, 1, 3] or shapes[1] != n or shapes[2][:2] != (*n, self.mel_bands):
+            raise checks.ArgumentError(
+                f"x, t and mel are {shapes[0]}, {shapes[1]} and {shapes[2]}; allowed: waves (n, length), times (n,) and spectra "
+                f"(n, {self.mel_bands}, frames). Reshape them to match."
+            )
         angles = t[:, None] * self.rates
         time = self.time(torch.cat([angles.sin(), angles.cos()], 1))
         stretched = nn.functional.interpolate(mel, size=x.shape[1], mode="linear", align_corners=False)
@@ -94,7 +104,7 @@ def mel_spectrogram(
     rate : int
         Samples a second, positive.
     n_fft, hop : int
-        Window and step in samples.
+        Window, an even number, and step in samples.
     bands : int
         Bands from 0 to half of the rate.
     floor : float
@@ -124,9 +134,11 @@ def mel_spectrogram(
     for name, value in (("rate", rate), ("n_fft", n_fft), ("hop", hop), ("bands", bands)):
         checks.integer(name, value, low=1)
     checks.positive("floor", floor)
+    if n_fft % 2:
+        raise checks.ArgumentError(f"n_fft is {n_fft}; allowed: an even number. Take {n_fft + 1}.")
     if wave.shape[1] <= n_fft // 2:
         raise checks.ArgumentError(
-            f"wave has {wave.shape[1]} samples; allowed: more than {n_fft // 2}, half of n_fft. Shorten it."
+            f"wave has {wave.shape[1]} samples; allowed: more than {n_fft // 2}, half of n_fft. Shorten the window."
         )
     spectrum = torch.stft(wave, n_fft, hop, window=window(n_fft, wave), return_complex=True)
     return (_triangles(rate, n_fft, bands, wave) @ spectrum.abs().square()).clamp_min(floor).log()

@@ -41,6 +41,8 @@ class LinearSDE(Schedule):
     ------
     ArgumentError, ArgumentTypeError
         If a function is not one or gives numbers that are not finite.
+    ModelError
+        If it does not answer one number a time.
 
     Notes
     -----
@@ -71,6 +73,8 @@ class LinearSDE(Schedule):
             )
         self.t_max = checks.positive("horizon", horizon)
         self.drift, self.diffusion = drift, diffusion
+        for name, function in (("drift", drift), ("diffusion", diffusion)):
+            checks.answer(name, function(t := torch.full((2,), self.t_max / 2, dtype=torch.float64)), t)
         nodes, weights = np.polynomial.legendre.leggauss(_NODES)
         self._nodes, self._weights = torch.from_numpy((nodes + 1) / 2), torch.from_numpy(weights / 2)
         self._edges = torch.linspace(0, horizon, _CELLS + 1, dtype=torch.float64)
@@ -145,14 +149,20 @@ class LinearSDE(Schedule):
             low, high = torch.where(excess < 0, since, low), torch.where(excess > 0, since, high)
             slope = self._integrand(edge + since)
             newton = since - excess / slope
-            since = torch.where((newton > low) & (newton < high), newton, (low + high) / 2)
-            if bool(((high - low) < 1e-15 * self.t_max).all() | (excess.abs() <= 1e-15 * wanted).all()):
+            found = (
+                excess.abs() <= 1e-15 * wanted
+            )  # also at the ends of a cell, where no step of Newton's stays inside
+            if bool(found.all() | ((high - low) < 1e-15 * self.t_max).all()):
                 break
+            moved = torch.where((newton > low) & (newton < high), newton, (low + high) / 2)
+            since = torch.where(found, since, moved)
         return (edge + since).to(lam.dtype if isinstance(lam, Tensor) else torch.float64)
 
     def transition(self, x0: Tensor, t: Tensor | float) -> tuple[Tensor, Tensor]:
         """Return mean (n, ...) and deviation of the state at time ``t``, one for all rows or one a row."""
         checks.tensor("x0", x0)
+        if isinstance(t, Tensor) and t.ndim:
+            checks.tensor("t", t, shape=(len(x0),))
         shape = (-1, *[1] * (x0.ndim - 1)) if isinstance(t, Tensor) and t.ndim else ()
         alpha, sigma = (v.to(x0.device).reshape(shape) for v in (self.alpha(t), self.sigma(t)))
         return alpha.to(x0.dtype) * x0, sigma.to(x0.dtype)
@@ -192,7 +202,8 @@ class LinearSDE(Schedule):
         t = uniform((len(x0),), t_min, self.t_max, generator=g, like=x0)
         mean, std = self.transition(x0, t)
         z = randn(x0.shape, generator=g, like=x0)
-        return (std * score_net(mean + std * z, t, condition) + z).square().mean()
+        answer = checks.answer("score_net", score_net(mean + std * z, t, condition), x0)
+        return (std * answer + z).square().mean()
 
     def prior(self, shape: tuple[int, ...], *, generator: Seed = None, like: Tensor | None = None) -> Tensor:
         """Draw what is left of data at the horizon: noise of deviation ``sigma(horizon)``, in float32 unless ``like`` says otherwise."""
@@ -264,7 +275,7 @@ class LinearSDE(Schedule):
             def scored(x: Tensor) -> Tensor:
                 nonlocal calls
                 calls += 1
-                return score(x, x.new_full((len(x),), t), condition)
+                return checks.answer("score", score(x, x.new_full((len(x),), t), condition), x)
 
             return scored
 

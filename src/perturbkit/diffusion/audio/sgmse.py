@@ -84,6 +84,8 @@ class MeanRevertingDiffusion:
         time = torch.as_tensor(
             t, dtype=torch.float64 if not isinstance(t, Tensor) else t.dtype, device=x0.device
         )
+        for end in time.aminmax():
+            checks.between("t", float(end), 0, 1)
         if time.ndim:
             checks.tensor("t", time, shape=(len(x0),))
             time = time.reshape(-1, *[1] * (x0.ndim - 1))
@@ -125,7 +127,7 @@ class MeanRevertingDiffusion:
         t = uniform((len(x0),), t_min, 1.0, generator=g, like=x0.real if x0.is_complex() else x0)
         x, z = self.perturb(x0, y, t, generator=g)
         std = self.std(t).reshape(-1, *[1] * (x0.ndim - 1))
-        return (std * score_net(x, y, t) + z).abs().square().mean()
+        return (std * checks.answer("score_net", score_net(x, y, t), x) + z).abs().square().mean()
 
     def times(self, n_steps: int, *, t_end: float = 0.03) -> Tensor:
         """Return ``n_steps + 1`` even times from 1 to ``t_end``, in float64."""
@@ -216,7 +218,7 @@ class MeanRevertingDiffusion:
                 def scored(x: Tensor, t: Tensor = t) -> Tensor:
                     nonlocal calls
                     calls += 1
-                    return score(x, y, t)
+                    return checks.answer("score", score(x, y, t), x)
 
                 for _ in range(corrector_steps):
                     x = langevin_step(x, scored, snr, g)
@@ -231,6 +233,10 @@ class MeanRevertingDiffusion:
         _check_signal("x0", x0)
         _check_signal("y", y)
         checks.same_shape("y", y, "x0", x0)
+        if x0.is_complex() != y.is_complex():
+            raise checks.ArgumentTypeError(
+                f"x0 is {x0.dtype} and y {y.dtype}; allowed: both real or both complex. Convert one of them."
+            )
 
 
 def complex_stft(

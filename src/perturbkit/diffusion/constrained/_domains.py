@@ -103,6 +103,12 @@ class Polygon(Domain):
     def __init__(self, vertices: Tensor) -> None:
         corners = checks.tensor("vertices", vertices, shape=(None, 2))
         following = corners.roll(-1, 0)
+        repeated = (corners == following).all(1).nonzero()[:, 0].tolist()
+        if repeated:
+            raise checks.ArgumentError(
+                f"vertices has corner {repeated[0]} twice in a row (the last is followed by the first); allowed: each once. Leave the "
+                "second out."
+            )
         area = float((corners[:, 0] * following[:, 1] - corners[:, 1] * following[:, 0]).sum()) / 2
         if len(corners) < 3 or area == 0:
             raise checks.ArgumentError(
@@ -121,11 +127,17 @@ class Polygon(Domain):
 
     def reflect(self, x: Tensor) -> Tensor:
         outside = ~self.contains(x)
-        nearest, _, inward = self._nearest(x)
-        image = 2 * nearest - x
+        nearest = self._nearest(x)[0]
+        out = torch.where(outside[:, None], 2 * nearest - x, x)
         small = 8 * torch.finfo(x.dtype).eps * float(self.vertices.abs().max())
-        image = torch.where(self.contains(image)[:, None], image, nearest + small * inward)
-        return torch.where(outside[:, None], image, x)
+        for k in range(_PROJECTIONS):
+            lost = ~self.contains(out)
+            if not bool(lost.any()):
+                break
+            # As little inward as rounding leaves inside, away from all walls that are no farther.
+            step = small * 2.0**k
+            out = torch.where(lost[:, None], nearest + step * self._nearest(nearest, slack=2 * step)[2], out)
+        return out
 
     def faded(self, field: Tensor, x: Tensor, width: float) -> Tensor:
         _, distance, inward = self._nearest(x)
@@ -136,9 +148,9 @@ class Polygon(Domain):
         a = self.vertices.to(x)
         return a, a.roll(-1, 0)
 
-    def _nearest(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Return the nearest point of the boundary, its distance, and the direction inward there (that of the bisector
-        at a corner).
+    def _nearest(self, x: Tensor, slack: float = 0.0) -> tuple[Tensor, Tensor, Tensor]:
+        """Return the nearest point of the boundary, its distance, and the direction inward there: the mean of those of all
+        edges that are as near, up to the slack (at a corner that of the bisector).
         """
         a, b = self._edges(x)
         along = b - a
@@ -147,7 +159,8 @@ class Polygon(Domain):
         distances = (x[:, None] - points).norm(dim=2)
         least, which = distances.min(1)
         normals = torch.stack((-along[:, 1], along[:, 0]), 1) / along.norm(dim=1, keepdim=True)
-        tied = (distances - least[:, None]) <= 16 * torch.finfo(x.dtype).eps * self.vertices.abs().max().to(x)
+        rounding = 16 * torch.finfo(x.dtype).eps * float(self.vertices.abs().max())
+        tied = (distances - least[:, None]) <= max(slack, rounding)
         inward = tied.to(x.dtype) @ normals
         inward = inward / inward.norm(dim=1, keepdim=True).clamp_min(1e-12)
         return points[torch.arange(len(x), device=x.device), which], least, inward
@@ -185,7 +198,7 @@ class ImplicitDomain(Domain):
         self.dim = checks.integer("dim", dim, low=1)
 
     def contains(self, x: Tensor) -> Tensor:
-        return self.distance(x) >= 0
+        return self._value(x) >= 0
 
     def reflect(self, x: Tensor) -> Tensor:
         value, normal = self._level(x)
@@ -199,7 +212,7 @@ class ImplicitDomain(Domain):
             step = normal / normal.square().sum(1, keepdim=True).clamp_min(1e-12)
             out = out + torch.where(value < 0, small * 2.0**k - value, 0)[:, None] * step
         raise checks.ModelError(
-            f"distance leads {int((self.distance(out) < 0).sum())} of {len(x)} rows not back inside; allowed: a function that grows "
+            f"distance leads {int((self._value(out) < 0).sum())} of {len(x)} rows not back inside; allowed: a function that grows "
             "inward near the boundary. Pass a signed distance, or take smaller steps."
         )
 
@@ -210,10 +223,24 @@ class ImplicitDomain(Domain):
         across = (field * inward).sum(1, keepdim=True)
         return field - (1 - (distance / width).clamp(0, 1)) * across * inward
 
+    def _value(self, x: Tensor) -> Tensor:
+        value = self.distance(x)
+        if value.shape != (len(x),):
+            raise checks.ModelError(
+                f"distance answers shape {tuple(value.shape)} to {len(x)} rows; allowed: ({len(x)},), one number a row. Add up or "
+                "take out the other dimensions."
+            )
+        return value
+
     def _level(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """Return the function and its gradient, both differentiable where ``x`` is."""
         with torch.enable_grad():
             rows = x if x.requires_grad else x.detach().requires_grad_()
-            value = self.distance(rows)
+            value = self._value(rows)
+            if not value.requires_grad:
+                raise checks.ModelError(
+                    "distance answers without a gradient; allowed: a differentiable function of the rows. Take detach and "
+                    "torch.no_grad out of it."
+                )
             (normal,) = torch.autograd.grad(value.sum(), rows, create_graph=x.requires_grad)
         return (value, normal) if x.requires_grad else (value.detach(), normal.detach())

@@ -122,7 +122,7 @@ class ReflectedDiffusion:
         times = uniform((len(x0),), generator=g, like=x0) if t is None else t
         sigma = self._sigma(times, x0)
         x = _folded_noise(x0, sigma, g)
-        error = score(x, times) - log_prob_and_score(x, x0, sigma)[1]
+        error = checks.answer("score", score(x, times), x) - log_prob_and_score(x, x0, sigma)[1]
         return (sigma * error).square().mean()
 
     def prior(
@@ -199,7 +199,8 @@ class ReflectedDiffusion:
 
         def move(x: Tensor, t: Tensor, drift: float, spread: float) -> Tensor:
             noise = randn(x.shape, generator=g, like=x)
-            return confine(x + drift * field(x, t.to(x).expand(len(x))) + math.sqrt(spread) * noise)
+            slope = checks.answer("score", field(x, t.to(x).expand(len(x))), x)
+            return confine(x + drift * slope + math.sqrt(spread) * noise)
 
         for i in range(len(times) - 1):
             v = levels[i] ** 2 - levels[i + 1] ** 2
@@ -238,7 +239,7 @@ class ReflectedDiffusion:
         for i in range(len(times) - 1):
             h = levels[i + 1] - levels[i]
             now, later = times[i].to(x).expand(len(x)), times[i + 1].to(x).expand(len(x))
-            slope = -levels[i] * score(x, now)
+            slope = -levels[i] * checks.answer("score", score(x, now), x)
             ahead = folded(x + h * slope)
             x = folded(x + 0.5 * h * (slope - levels[i + 1] * score(ahead, later)))
         return SampleResult(x, times.detach().cpu(), Cost(nfev=2 * (len(times) - 1) * len(x)))
@@ -259,8 +260,8 @@ class ReflectedDiffusion:
             Of cost 10 k a coordinate; all rows of one call share one time or have their own.
         """
         self._check_state("points", points)
-        share = torch.ones(len(points)).to(points) if weights is None else weights.to(points)
-        checks.tensor("weights", share, shape=(len(points),))
+        share = torch.ones(len(points)) if weights is None else weights
+        share = checks.tensor("weights", share, shape=(len(points),)).to(points)
         checks.positive("weights", float(share.min()))
 
         def score(x: Tensor, t: Tensor) -> Tensor:

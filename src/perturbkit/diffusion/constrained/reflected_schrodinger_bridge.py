@@ -114,10 +114,12 @@ class ReflectedBridge:
         -------
         Tensor, shape ()
         """
+        checks.same_shape("other", other, "x", checks.tensor("x", x))
         probe = rademacher(x.shape, generator=as_generator(generator), device=x.device, dtype=x.dtype)
-        rows = x.detach().requires_grad_()
-        z = self._field(net)(rows, t)
-        (slope,) = torch.autograd.grad((z * probe).sum(), rows, create_graph=True)
+        with torch.enable_grad():  # a loss is also looked at without training
+            rows = x.detach().requires_grad_()
+            z = self._field(net)(rows, t)
+            (slope,) = torch.autograd.grad((z * probe).sum(), rows, create_graph=True)
         energy = 0.5 * z.square().sum(1) + (z * other).sum(1)
         return (energy + self.sigma * (slope * probe).sum(1)).mean()
 
@@ -228,7 +230,7 @@ class ReflectedBridge:
 
     def _field(self, net: TimeField) -> TimeField:
         """Return the network with its component across the wall faded."""
-        return lambda x, t: self.domain.faded(net(x, t), x, self.width)
+        return lambda x, t: self.domain.faded(checks.answer("net", net(x, t), x), x, self.width)
 
 
 def _still(x: Tensor, t: Tensor) -> Tensor:

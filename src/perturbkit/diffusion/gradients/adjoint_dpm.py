@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from perturbkit.core import Denoiser, checks
-from perturbkit.diffusion.samplers._parts import check_noise_left, check_start, check_times
+from perturbkit.core.sampling import check_noise_left, check_start, check_times
 
 __all__ = ["adjoint_sample"]
 

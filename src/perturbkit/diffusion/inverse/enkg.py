@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from perturbkit.core import Cost, Denoiser, SampleResult, checks
-from perturbkit.diffusion.samplers._parts import Path, Point, check_noise_left, check_start, transfer
+from perturbkit.core.sampling import Path, Point, check_noise_left, check_start, transfer
 
 __all__ = ["sample_enkg"]
 
@@ -74,6 +74,8 @@ def sample_enkg(
     ------
     ArgumentError, ArgumentTypeError
         If the ensemble, the times, the measurement or an option is not allowed.
+    ModelError
+        If the forward model answers NaN or infinity.
 
     Notes
     -----
@@ -108,6 +110,10 @@ def sample_enkg(
     check_noise_left(denoiser.schedule, times, "Pass t_end above 0.")
     checks.nonnegative("guidance", guidance)
     checks.integer("n_updates", n_updates, low=1)
+    if not isinstance(window, tuple | list) or len(window) != 2:
+        raise checks.ArgumentTypeError(
+            f"window is {window!r}; allowed: two fractions of the run. Pass (0.1, 0.9)."
+        )
     first = checks.between("window[0]", window[0], 0, 1)
     last = checks.between("window[1]", window[1], first, 1)
     if ode_steps != "auto":
@@ -129,7 +135,7 @@ def sample_enkg(
         x = transfer(x, denoiser.eps(x, path.times[i]), path.points[i], path.points[i + 1])
         if callback is not None:
             callback(i, x)
-    misfit = (_answers(forward, x, y) - y.to(x)).flatten(1).norm(dim=1)
+    misfit = (_answers(forward, x, y) - y.to(x)).reshape(len(x), -1).norm(dim=1)
     result = path.result(x, denoiser.nfev - calls)
     extras = {"misfit": misfit, "nfev_forward": asked + len(x)}
     return SampleResult(x, result.times, Cost(nfev=result.cost.nfev), extras)
@@ -173,13 +179,19 @@ def _answers(forward: Callable[[Tensor], Tensor], x: Tensor, y: Tensor) -> Tenso
             f"y has shape {tuple(y.shape)}, but forward answered {tuple(found.shape)} to {len(x)} rows; allowed: y in the shape "
             "of one row of the answer. Pass y without a batch dimension."
         )
+    if not bool(torch.isfinite(found).all()):
+        wrong = int((~torch.isfinite(found)).reshape(len(x), -1).any(1).sum())
+        raise checks.ModelError(
+            f"forward answered NaN or infinity to {wrong} of {len(x)} rows; allowed: finite numbers, since every particle moves by "
+            "those of all. Bound its inputs, or lower guidance."
+        )
     return found
 
 
 def _updated(x: Tensor, answers: Tensor, y: Tensor, guidance: float, precision: Tensor | None) -> Tensor:
     """Return the ensemble after one step along its covariance with the measurements."""
-    dx, dy = x - x.mean(0), (answers - answers.mean(0)).flatten(1)
-    error = (answers - y.to(answers)).flatten(1)
+    dx, dy = x - x.mean(0), (answers - answers.mean(0)).reshape(len(x), -1)
+    error = (answers - y.to(answers)).reshape(len(x), -1)
     if precision is not None:
         weights = precision.to(error)
         error = error * weights if weights.ndim == 1 else error @ weights.mT

@@ -85,7 +85,7 @@ def generative_pca(
         The projection itself, ``(d,) -> (d,)``, in place of a generator: onto a subspace, a dictionary, by a denoiser.
     shift : float or "auto"
         Multiple of the identity added to V, which moves no eigenvector: without it a power step follows the eigenvalue of
-        largest size. "auto" adds what makes the largest one that, and nothing where it is.
+        largest size. "auto" adds what makes the largest one that by a tenth, and nothing where it is.
     generator : torch.Generator, int or None
         Source of the starts.
 
@@ -261,8 +261,8 @@ class _Search:
 
 def _start(matrix: Tensor, init: Tensor | None) -> Tensor:
     """Return the first vector, of unit length."""
-    w = matrix[:, matrix.diagonal().argmax()] if init is None else init.to(matrix)
-    checks.tensor("init", w, shape=(len(matrix),))
+    w = matrix[:, matrix.diagonal().argmax()] if init is None else init
+    w = checks.tensor("init", w, shape=(len(matrix),)).to(matrix)
     if not bool(w.any()):
         raise checks.ArgumentError(
             "init is zero, or the column of the matrix with the largest diagonal entry is; allowed: a vector of some length. "
@@ -275,7 +275,9 @@ def _shift(matrix: Tensor, shift: float | str) -> float:
     if shift != "auto":
         return checks.between("shift", shift, -math.inf, math.inf)  # type: ignore[arg-type]
     values = torch.linalg.eigvalsh(matrix)
-    return max(0.0, -float(values[0] + values[-1]))
+    least, most = float(values[0]), float(values[-1])
+    # The second keeps the two apart by a tenth where they are of about the same size: at a tie no power step converges.
+    return max(0.0, -(least + most), -(least + 0.9 * most) / 1.9)
 
 
 def _unit(w: Tensor) -> Tensor:

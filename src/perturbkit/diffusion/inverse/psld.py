@@ -16,8 +16,8 @@ from torch import Tensor, nn
 
 from perturbkit.core import Cost, Denoiser, Oracle, SampleResult, checks
 from perturbkit.core.random import Seed, as_generator, randn
+from perturbkit.core.sampling import Path, check_noise_left, check_start, weighted
 from perturbkit.diffusion.inverse.operators import LinearOperator
-from perturbkit.diffusion.samplers._parts import Path, check_noise_left, check_start, weighted
 
 __all__ = ["sample_psld"]
 
@@ -136,7 +136,13 @@ def sample_psld(
         total = w_m * _size(residual, norm)
         if w_g > 0:
             whole = x + back(residual)  # type: ignore[misc]
-            total = total + w_g * _size(z0 - (whole if encode is None else encode(whole)), norm)
+            again = whole if encode is None else checks.answer("encode", encode(whole), z0)
+            total = total + w_g * _size(z0 - again, norm)
+        if not total.requires_grad:
+            raise checks.ArgumentError(
+                "forward answers without a gradient; allowed: functions that can be differentiated. Take torch.no_grad or detach "
+                "out of forward and decode, or use sample_enkg."
+            )
         return total.sum()
 
     with _as_it_is(denoiser.network, encode, decode):

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from perturbkit.core import Cost, Denoiser, SampleResult, checks
 from perturbkit.core.random import Seed
-from perturbkit.diffusion.samplers._parts import Path, Point, check_start, transfer, weighted
+from perturbkit.core.sampling import Path, Point, check_start, transfer, weighted
 
 __all__ = ["BDIAResult", "invert_bdia", "sample_bdia"]
 

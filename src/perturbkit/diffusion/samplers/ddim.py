@@ -12,7 +12,7 @@ from torch import Tensor
 
 from perturbkit.core import Denoiser, SampleResult, checks
 from perturbkit.core.random import Seed, as_generator, randn
-from perturbkit.diffusion.samplers._parts import Path, check_start, weighted
+from perturbkit.core.sampling import Path, check_start, weighted
 
 __all__ = ["sample_ddim"]
 

@@ -14,7 +14,7 @@ import numpy as np
 from torch import Tensor
 
 from perturbkit.core import Denoiser, SampleResult, checks
-from perturbkit.diffusion.samplers._parts import Path, check_noise_left, check_start, weighted
+from perturbkit.core.sampling import Path, check_noise_left, check_start, weighted
 
 __all__ = ["sample_deis"]
 

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from perturbkit.core import Cost, Denoiser, SampleResult, checks
 from perturbkit.core.random import Seed
-from perturbkit.diffusion.samplers._parts import Path, Point, check_noise_left, check_start, weighted
+from perturbkit.core.sampling import Path, Point, check_noise_left, check_start, weighted
 
 __all__ = ["sample_dpm_solver", "sample_dpm_solver_adaptive", "sample_dpm_solver_fast"]
 

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from perturbkit.core import Denoiser, SampleResult, checks
 from perturbkit.core.random import Seed, as_generator, randn
-from perturbkit.diffusion.samplers._parts import Path, check_start
+from perturbkit.core.sampling import Path, check_start
 
 __all__ = ["admissible_schedule", "distance_function_error", "sample_gradient_estimation"]
 

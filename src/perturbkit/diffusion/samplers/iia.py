@@ -16,7 +16,7 @@ from torch import Tensor
 
 from perturbkit.core import Denoiser, SampleResult, checks
 from perturbkit.core.random import Seed
-from perturbkit.diffusion.samplers._parts import Path, Point, check_start, transfer
+from perturbkit.core.sampling import Path, Point, check_start, transfer
 
 __all__ = ["fit_iia", "sample_iia"]
 

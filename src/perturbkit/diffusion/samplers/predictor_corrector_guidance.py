@@ -16,7 +16,7 @@ from torch import Tensor
 
 from perturbkit.core import Denoiser, SampleResult, checks
 from perturbkit.core.random import Seed, as_generator, randn
-from perturbkit.diffusion.samplers._parts import Path, Point, check_start, transfer
+from perturbkit.core.sampling import Path, Point, check_start, transfer
 
 __all__ = ["guided_gaussian_variance", "sample_guided", "sample_pcg"]
 

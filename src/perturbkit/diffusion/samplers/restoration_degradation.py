@@ -20,7 +20,7 @@ from scipy.optimize import linear_sum_assignment
 from torch import Tensor
 
 from perturbkit.core import Cost, Result, SampleResult, Schedule, checks
-from perturbkit.diffusion.samplers._parts import check_inside, check_times
+from perturbkit.core.sampling import check_inside, check_times
 
 __all__ = ["FlowError", "ForwardSDE", "probability_flow_error", "sample_restoration_degradation"]
 

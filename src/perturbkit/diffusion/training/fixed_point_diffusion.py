@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from perturbkit.core import Cost, Denoiser, SampleResult, Schedule, checks, edm_scalings, keeping_modes
 from perturbkit.core.random import Seed, as_generator, randint, randn
-from perturbkit.diffusion.samplers._parts import Path, check_start, weighted
+from perturbkit.core.sampling import Path, check_start, weighted
 
 __all__ = ["FixedPointDenoiser", "sample_fixed_point", "stochastic_jfb_loss"]
 
@@ -120,6 +120,14 @@ class FixedPointDenoiser(nn.Module):
         n_without_gradient : int
             Iterations before those, without gradients.
         """
+        dim, hidden = self.first.in_features, self.first.out_features
+        if x.ndim != 2 or x.shape[1] != dim or (initial is not None and initial.shape != (len(x), hidden)):
+            shown = "None" if initial is None else f"of shape {tuple(initial.shape)}"
+            raise checks.ArgumentError(
+                f"x has shape {tuple(x.shape)} and initial is {shown}; allowed: (n, {dim}), and None or (n, {hidden}). Reshape them."
+            )
+        checks.integer("n_iterations", n_iterations, low=0)
+        checks.integer("n_without_gradient", n_without_gradient, low=0)
         inner, level, kept, gain = edm_scalings(x, t, self.schedule, self.data_std)
         h = self.first(inner)
         for block in self.pre:
@@ -199,6 +207,7 @@ def stochastic_jfb_loss(
     _check_model(model)
     checks.tensor("x0", x0, ndim=2)
     checks.tensor("t", t, shape=(len(x0),))
+    checks.positive("the least noise at t", float(model.schedule.sigma(t).min()))
     checks.integer("max_no_grad", max_no_grad, low=0)
     checks.integer("max_with_grad", max_with_grad, low=1)
     g = as_generator(generator)

@@ -82,7 +82,7 @@ def idempotent_losses(
         return (difference.abs() if distance == "l1" else difference.square()).mean(1)
 
     frozen = {k: v.detach() for k, v in net.named_parameters()}
-    inner = _checked(net(z), z)
+    inner = checks.answer("net", net(z), z)
     rec = apart(net(x), x)
     idem = apart(functional_call(net, frozen, (inner,)), inner)
     kept = inner.detach()
@@ -263,16 +263,5 @@ class IdempotentGenerator:
 def _applied(oracle: Oracle, x: Tensor, n_applications: int) -> Tensor:
     checks.integer("n_applications", n_applications, low=1)
     for _ in range(n_applications):
-        x = _checked(oracle(x), x)
+        x = checks.answer("net", oracle(x), x)
     return x
-
-
-def _checked(answer: Tensor, given: Tensor) -> Tensor:
-    if not isinstance(answer, Tensor) or answer.shape != given.shape:
-        shown = (
-            f"of shape {tuple(answer.shape)}" if isinstance(answer, Tensor) else f"a {type(answer).__name__}"
-        )
-        raise checks.ModelError(
-            f"the network answers {shown}; allowed: the shape of its inputs, {tuple(given.shape)}. Change its last layer."
-        )
-    return answer

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from perturbkit.core import Cost, Denoiser, Result, checks
 from perturbkit.core.random import Seed, as_generator, randn
-from perturbkit.diffusion.samplers._parts import check_start
+from perturbkit.core.sampling import check_start
 from perturbkit.diffusion.samplers.ddim import sample_ddim
 
 __all__ = ["ExposureBias", "exposure_bias", "input_perturbation_loss"]
@@ -105,6 +105,7 @@ def input_perturbation_loss(
     """
     _check(denoiser, x0)
     checks.tensor("t", t, shape=(len(x0),))
+    checks.positive("the least noise at t", float(denoiser.schedule.sigma(t).min()))
     checks.nonnegative("strength", strength)
     g = as_generator(generator)
     eps = randn(x0.shape, generator=g, like=x0)

@@ -81,7 +81,7 @@ class LearnedSchedule(nn.Module):
         checks.integer("dim", dim, low=1)
         self.condition_dim = checks.integer("condition_dim", condition_dim, low=0)
         checks.integer("hidden", hidden, low=1)
-        n = dim if elementwise else 1
+        self.elements = n = dim if elementwise else 1
         self.speed: nn.Module = (
             nn.Sequential(nn.Linear(condition_dim, hidden), nn.SiLU(), nn.Linear(hidden, n))
             if condition_dim
@@ -176,6 +176,10 @@ def cvdm_loss(
     checks.tensor("x0", x0, ndim=2)
     if condition is not None:
         checks.tensor("condition", condition, ndim=2, shape=(len(x0), condition.shape[1]))
+    if isinstance(schedule, LearnedSchedule) and schedule.elements not in (1, x0.shape[1]):
+        raise checks.ArgumentError(
+            f"schedule is of {schedule.elements} elements and x0 of {x0.shape[1]}; allowed: as many. Build LearnedSchedule({x0.shape[1]})."
+        )
     checks.nonnegative("reg", reg)
     checks.integer("taylor_order", taylor_order, low=1)
     if len(weights) != 4:
@@ -205,7 +209,7 @@ def cvdm_loss(
     drift = slope + schedule.rate(t, condition) * fraction
     last = ends[1]
     parts = {
-        "noise": (network(noisy, fraction, condition) - eps).square().mean(),
+        "noise": (checks.answer("network", network(noisy, fraction, condition), x0) - eps).square().mean(),
         "consistency": (drift.square() + (ends[0] - 1).square() + last.square()).mean(),
         "prior": 0.5 * (last * x0.square() - last - torch.log1p(-last)).mean(),
         "steepness": reg * steep.square().mean(),
@@ -290,7 +294,7 @@ def sample_cvdm(
         fractions = kept.cumprod(0).clamp_min(1e-10)
         for i in reversed(range(n)):
             now = fractions[i]
-            eps = network(x, now, condition)
+            eps = checks.answer("network", network(x, now, condition), x)
             x0 = (x - (1 - now).sqrt() * eps) / now.sqrt()
             if bounds is not None:
                 x0 = x0.clamp(*bounds)

@@ -151,7 +151,9 @@ class PerturbedLikelihoodGenerator(DensityMixin, BaseEstimator):
         self.scale_ = float(np.linalg.norm(rows - self.location_, 2)) / math.sqrt(len(rows)) or 1.0
         x = torch.from_numpy((rows - self.location_) / rows.dtype.type(self.scale_))
         g = as_generator(self.generator)
-        rate = perturbation_scale(len(x), self.smoothness, self.intrinsic_dim or self.latent_dim)
+        rate = perturbation_scale(
+            len(x), self.smoothness, self.latent_dim if self.intrinsic_dim is None else self.intrinsic_dim
+        )
         if self.perturbation == "auto":
             tau = self._best(x, [rate * factor for factor in _TRIED], g)
         else:
@@ -318,8 +320,14 @@ class _Model(nn.Module):
         self.register_buffer("grid", grid.to(x.dtype))
         self.encoder = _network(x.shape[1], 2 * k) if k > 2 else None
         self.to(x.dtype)
-        with torch.no_grad():
-            found = self(torch.zeros(1, k, dtype=x.dtype))
+        try:
+            with torch.no_grad():
+                found = self(torch.zeros(1, k, dtype=x.dtype))
+        except RuntimeError as error:
+            raise checks.ModelError(
+                f"the generator does not take latents of shape (1, {k}) ({error}); allowed: one that does. Change its first layer, or "
+                "latent_dim."
+            ) from error
         if found.shape != (1, x.shape[1]):
             raise checks.ModelError(
                 f"the generator answered shape {tuple(found.shape)} to one latent; allowed: (1, {x.shape[1]}), a row of the "

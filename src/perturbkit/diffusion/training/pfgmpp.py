@@ -157,7 +157,9 @@ class PoissonFlow:
         g = as_generator(generator)
         if sigma is None:
             sigma = (_LEVEL_MEAN + _LEVEL_STD * randn((len(x0),), generator=g, like=x0)).exp()
-        error = (denoiser(self.perturb(x0, sigma, g), sigma) - x0).square()
+        sigma = torch.as_tensor(sigma, dtype=x0.dtype, device=x0.device).expand(len(x0))
+        checks.positive("sigma", float(sigma.min()))
+        error = (checks.answer("denoiser", denoiser(self.perturb(x0, sigma, g), sigma), x0) - x0).square()
         return (_rows(1 / sigma**2 + 1 / self.data_std**2, x0) * error).mean()
 
     def _spread(self, n: int, generator: torch.Generator) -> Tensor:

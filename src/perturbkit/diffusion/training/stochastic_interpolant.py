@@ -178,7 +178,7 @@ class StochasticInterpolant:
             raise checks.ArgumentError(
                 "gamma is 'zero', with which a denoiser knows no score; allowed: 'brownian', 'sin2'. Solve with diffusion=0."
             )
-        return lambda x, t: -denoiser(x, t) / self._rows(t, x).gamma
+        return lambda x, t: -denoiser(x, self._check(x, x, t)) / self._rows(t, x).gamma
 
     def solve(
         self,
@@ -233,11 +233,9 @@ class StochasticInterpolant:
         way = 1.0 if grid[-1] > grid[0] else -1.0
 
         def drift(x: Tensor, t: float, level: float) -> Tensor:
-            rows = torch.full((len(x),), t, dtype=x.dtype, device=x.device)
-            out = velocity(x, rows)
-            return out if score is None or level == 0 else out + way * level * score(x, rows)
+            out = _asked("velocity", velocity, x, t)
+            return out if score is None or level == 0 else out + way * level * _asked("score", score, x, t)
 
-        per_call = 1 if score is None else 2
         for s, t in pairwise(grid):
             first, last = (checks.nonnegative("diffusion", epsilon(at)) for at in (s, t))
             spread = math.sqrt((first + last) * abs(t - s))
@@ -245,7 +243,8 @@ class StochasticInterpolant:
             slope = drift(x, s, first)
             ahead = drift(x + (t - s) * slope + noise, t, last)
             x = x + 0.5 * (t - s) * (slope + ahead) + noise
-        return SampleResult(x, times.detach().cpu(), Cost(nfev=2 * per_call * (len(grid) - 1) * len(x)))
+        calls = (2 if score is None else 4) * (len(grid) - 1)
+        return SampleResult(x, times.detach().cpu(), Cost(nfev=calls * len(x)))
 
     def log_prob(
         self,
@@ -340,16 +339,20 @@ class StochasticInterpolant:
         return c, z, times, c.a * x0 + c.b * x1, c.a_rate * x0 + c.b_rate * x1
 
     @staticmethod
-    def _check(x0: Tensor, x1: Tensor, t: Tensor) -> None:
-        checks.tensor("x0", x0)
-        checks.same_shape("x1", checks.tensor("x1", x1), "x0", x0)
+    def _check(x0: Tensor, x1: Tensor, t: Tensor) -> Tensor:
+        checks.same_shape("x1", checks.tensor("x1", x1), "x0", checks.tensor("x0", x0))
         checks.tensor("t", t, shape=(len(x0),))
         checks.between("t", float(t.min()), 0, 1, inclusive="neither")
         checks.between("t", float(t.max()), 0, 1, inclusive="neither")
+        return t
 
 
-def _regression(answer: Tensor, target: Tensor) -> Tensor:
-    return (0.5 * answer.square() - target * answer).flatten(1).sum(1).mean()
+def _regression(out: Tensor, target: Tensor) -> Tensor:
+    return (out.square() / 2 - target * checks.answer("net", out, target)).reshape(len(out), -1).sum(1).mean()
+
+
+def _asked(name: str, field: Field, x: Tensor, t: float) -> Tensor:
+    return checks.answer(name, field(x, x.new_full((len(x),), t)), x)
 
 
 def _constant(value: float) -> Callable[[float], float]:
@@ -360,7 +363,7 @@ def _with_divergence(velocity: Field, x: Tensor, t: float, probes: Tensor) -> tu
     """Return a velocity and the sum over probes v of v . J v, without a graph."""
     with torch.enable_grad():
         rows = x.detach().requires_grad_()
-        out = velocity(rows, torch.full((len(x),), t, dtype=x.dtype, device=x.device))
+        out = _asked("velocity", velocity, rows, t)
         trace = torch.zeros(len(x), dtype=x.dtype, device=x.device)
         if out.requires_grad:  # else it does not depend on x
             for probe in probes:

@@ -1,4 +1,4 @@
-"""What the samplers share: the grid with its coefficients as plain numbers, and the checks at the door."""
+"""What samplers share: the grid of times with its coefficients as plain numbers, and the checks at the door."""
 
 from __future__ import annotations
 
@@ -7,7 +7,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from perturbkit.core import Cost, Denoiser, SampleResult, Schedule, checks
+from perturbkit.core import checks
+from perturbkit.core.noise import Denoiser, Schedule
+from perturbkit.core.results import Cost, SampleResult
 
 __all__ = [
     "Path",

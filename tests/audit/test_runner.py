@@ -15,7 +15,7 @@ from perturbkit.core import checks
 sys.path.insert(0, str(Path(__file__).parent))
 import _subjects
 
-ALL = ("sanity", "explain", "faithfulness", "attack", "certify", "calibration", "conformal", "corruption")
+ALL = audit.SECTIONS
 
 
 @pytest.fixture(scope="module")
@@ -76,7 +76,7 @@ def test_predictions_alone():
     found = audit.run(predictions=p, labels=y, progress=False)
     states = {f.section: f.status for f in found.findings}
     assert {s for s, state in states.items() if state == "not run"} == {
-        "explain", "faithfulness", "attack", "certify", "corruption",
+        "explain", "faithfulness", "attack", "certify", "sandwich", "corruption",
     }  # fmt: skip
     assert states["calibration"] == "ok"
     ece = found["calibration"].metric("ece")
@@ -201,3 +201,25 @@ def test_refused_options(arguments, match):
     given = {"model": _subjects.linear(), "data": _subjects.table(), "progress": False, **arguments}
     with pytest.raises(checks.ArgumentError, match=match):
         audit.run(**given)
+
+
+def test_the_plan_names_what_takes_the_place_of_what_is_not_supported():
+    from perturbkit.audit.opening import open_subject
+    from perturbkit.audit.plan import make_plan, memory_needed, substitutions
+    from perturbkit.audit.request import AuditRequest
+
+    net, request = _subjects.linear(), AuditRequest()
+
+    def forward_only(x):
+        return torch.from_numpy(net(x).detach().numpy())
+
+    whole = open_subject(net, _subjects.table())
+    assert substitutions(whole, request) == {}
+    weights, batch, how = memory_needed(whole, make_plan(whole, request))
+    assert weights == sum(p.nbytes for p in net.parameters())
+    assert batch > 0
+    assert "with gradients" in how
+    half = substitutions(open_subject(forward_only, _subjects.table()), request)
+    assert set(half) == {"explain", "attack", "certify"}
+    assert half["certify"].endswith("The smoothed model is certified instead.")
+    assert "integrated gradients" in half["explain"]

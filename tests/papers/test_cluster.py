@@ -93,7 +93,7 @@ return Evidence([Comparison("m", run.rng(key).random(), 2.0, "lower")])
 
 
 def test_a_cluster_that_is_not_there_is_refused(tmp_path, monkeypatch):
-    monkeypatch.setattr("perturbkit.papers.runner._CONNECT_SECONDS", 1)
+    monkeypatch.setattr("perturbkit.core.cluster._CONNECT_SECONDS", 1)
     _samples.write(tmp_path / "root", "p/a")
     with pytest.raises(checks.ArgumentError, match=r"no scheduler answers.*allowed"):
         run_papers(discover(tmp_path / "root"), Path(tmp_path / "out"), cluster="tcp://127.0.0.1:9")

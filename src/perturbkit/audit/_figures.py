@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import io
 import math
+import textwrap
 from collections.abc import Sequence
 from typing import Any
 
@@ -12,9 +13,10 @@ import numpy as np
 from matplotlib import colormaps
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 from torch import Tensor
 
-INK, ACCENT, SECOND, MUTED = "#1f2933", "#0b6e99", "#c8553d", "#9aa5b1"
+INK, SOFT, ACCENT, SECOND, MUTED = "#1f2933", "#52606d", "#0b6e99", "#c8553d", "#9aa5b1"
 _COLORS = (ACCENT, SECOND, MUTED, "#5b8c5a")
 
 
@@ -41,7 +43,7 @@ def grouped_bars(names: Sequence[str], groups: dict[str, Sequence[float]]) -> Fi
     ax.set_yticks(range(len(names)), [_cut(n) for n in names])
     ax.invert_yaxis()
     ax.set_xlabel("mean size of the attribution, largest = 1")
-    ax.legend(frameon=False)
+    ax.legend(frameon=False, fontsize=8)
     return figure
 
 
@@ -89,11 +91,13 @@ def coloured_words(cells: list[list[str]], maps: dict[str, list[list[float]]], t
                 line.append((word, value / limit))
                 length += len(word) + 1
             lines.append(("", line))
-    figure = Figure(figsize=(7.2, 0.24 * len(lines) + 0.2), layout="constrained")
+    longest = max((sum(len(w) + 1 for w, _ in pieces) for _, pieces in lines if pieces), default=1)
+    wide = max(longest, max((min(len(h), 70) for h, _ in lines), default=1) * 0.9, 50) + 2
+    figure = Figure(figsize=(7.2 * wide / 104.5, 0.24 * len(lines) + 0.2), layout="constrained")
     ax = figure.subplots()
     for number, (head, pieces) in enumerate(lines):
         if pieces is None:
-            ax.text(0, -number, _plain(_cut(head, 70)), fontsize=7, color=MUTED, va="center")
+            ax.text(0, -number, _plain(_cut(head, 70)), fontsize=7, color=SOFT, va="center")
             continue
         column = 0
         for word, value in pieces:
@@ -104,7 +108,7 @@ def coloured_words(cells: list[list[str]], maps: dict[str, list[list[float]]], t
             )  # fmt: skip
             column += len(word) + 1
     # One column is one letter of this size.
-    ax.set_xlim(-0.5, 104)
+    ax.set_xlim(-0.5, wide - 0.5)
     ax.set_ylim(-len(lines), 0.7)
     ax.set_axis_off()
     return figure
@@ -122,7 +126,7 @@ def curves(fractions: Sequence[float], lines: dict[str, dict[str, Sequence[float
         ax.set_title(mode, fontsize=9)
         _tidy(ax)
     axes[0].set_ylabel("mean probability")
-    axes[0].legend(frameon=False)
+    axes[0].legend(frameon=False, fontsize=8)
     return figure
 
 
@@ -144,6 +148,96 @@ def survival(radius: Sequence[float], unit: str, eps: float, *, proved: bool = F
     ax.set_ylim(0, 1.05)
     ax.set_xlabel(unit)
     ax.set_ylabel("rows proved" if proved else "rows still right")
+    return figure
+
+
+def sandwich(certified: Sequence[float], attacked: Sequence[float], unit: str) -> Figure:
+    """Certified and attack radius of every row, the gap between them shaded; certificates above an attack in red."""
+    figure, ax = _axes(6.4, 3.2)
+    low, high = np.array(certified), np.array(attacked)
+    order = np.lexsort((low, high))
+    low, high = low[order], high[order]
+    ends = np.concatenate([low, high[np.isfinite(high)]])
+    top = 1.12 * (float(ends.max()) or 1.0)
+    drawn = np.where(np.isfinite(high), high, top)
+    place = np.arange(len(low))
+    ax.fill_between(
+        place,
+        low,
+        drawn,
+        where=drawn >= low,
+        step="mid",
+        color=MUTED,
+        alpha=0.3,
+        linewidth=0,
+        label="unknown",
+    )
+    ax.scatter(place, drawn, s=14, marker="v", color=SECOND, label="attacked: changes here", linewidths=0)
+    ax.scatter(place, low, s=14, marker="^", color=ACCENT, label="proved: stays up to here", linewidths=0)
+    wrong = low > drawn * (1 + 1e-4) + 1e-9
+    if wrong.any():
+        ax.scatter(
+            place[wrong], low[wrong], s=60, marker="x", color="#a61b1b", label="ALARM: proof above attack"
+        )
+    if not np.isfinite(high).all():
+        ax.axhline(top, color=SECOND, lw=0.8, ls=":")
+        ax.annotate("no attack succeeded", (0, top), fontsize=7, color=SECOND, va="bottom")
+    ax.set_ylim(0, top * 1.08)
+    ax.xaxis.set_major_locator(MaxNLocator(integer=True))
+    ax.set_xlabel("rows, by attack radius")
+    ax.set_ylabel(_wrapped(unit))
+    ax.legend(frameon=False, fontsize=7)
+    return figure
+
+
+def thumbnails(pictures: Sequence[str], titles: Sequence[str], columns: int = 4) -> Figure:
+    """Small pictures with what went wrong under each."""
+    lines = -(-len(pictures) // columns)
+    figure = Figure(figsize=(7.2, 2.35 * lines), layout="constrained")
+    for i, ax in enumerate(figure.subplots(lines, columns, squeeze=False).flat):
+        ax.set_axis_off()
+        if i < len(pictures):
+            ax.imshow(decode_picture(pictures[i]))
+            ax.set_title("\n".join(_cut(t, 26) for t in titles[i].split("\n")), fontsize=7.5)
+    return figure
+
+
+def losses(values: Sequence[float], shown: Sequence[int], label: str) -> Figure:
+    """The loss of every row, the largest first, with the rows of the table marked."""
+    figure, ax = _axes(6.4, 2.6)
+    order = np.argsort(-np.array(values), kind="stable")
+    place = np.empty(len(order), dtype=int)
+    place[order] = np.arange(len(order))
+    ax.fill_between(
+        np.arange(len(order)), np.array(values)[order], step="mid", color=ACCENT, alpha=0.25, linewidth=0
+    )
+    marked = np.array(shown, dtype=int)
+    ax.scatter(
+        place[marked], np.array(values)[marked], s=16, color=SECOND, linewidths=0, label="rows of the table"
+    )
+    ax.set_ylim(bottom=0)
+    ax.set_xlabel("rows, the worst first")
+    ax.set_ylabel(label)
+    ax.legend(frameon=False, fontsize=8)
+    return figure
+
+
+def differences(
+    names: Sequence[str], values: Sequence[float], low: Sequence[float], high: Sequence[float], marked: Sequence[bool]
+) -> Figure:  # fmt: skip
+    """Differences with intervals, one line a slice; marked ones in another colour."""
+    figure, ax = _axes(6.8, 0.9 + 0.3 * len(names))
+    # An interval without an end runs to the edge of the drawing.
+    ends = np.array([v for v in (*values, *low, *high) if math.isfinite(v)])
+    edges = float(ends.min(initial=-1e-3)) * 1.1, float(ends.max(initial=1e-3)) * 1.1
+    for i, (value, a, b, m) in enumerate(zip(values, low, high, marked, strict=True)):
+        color = SECOND if m else MUTED
+        ax.plot(np.clip([a, b], *edges), [i, i], color=color, lw=1.5)
+        ax.plot(value, i, "o", color=color, ms=5)
+    ax.axvline(0, color=INK, lw=0.8)
+    ax.set_yticks(range(len(names)), [_cut(n, 64) for n in names])
+    ax.invert_yaxis()
+    ax.set_xlabel("here less elsewhere; orange is worse beyond noise")
     return figure
 
 
@@ -244,7 +338,7 @@ def to_svg(figure: Figure) -> str:
     with matplotlib.rc_context(
         {"svg.fonttype": "none", "svg.hashsalt": "perturbkit", "font.family": "sans-serif"}
     ):
-        figure.savefig(buffer, format="svg", metadata={"Date": None})
+        figure.savefig(buffer, format="svg", transparent=True, metadata={"Date": None})
     text = buffer.getvalue()
     return text[text.index("<svg") :]
 
@@ -266,6 +360,10 @@ def _tidy(ax: Axes) -> None:
 
 def _cut(text: str, length: int = 40) -> str:
     return _plain(text if len(text) <= length else text[: length - 1] + "…")
+
+
+def _wrapped(text: str, width: int = 34) -> str:
+    return _plain("\n".join(textwrap.wrap(text, width)))
 
 
 def _plain(text: str) -> str:

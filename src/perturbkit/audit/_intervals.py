@@ -18,6 +18,20 @@ def share_interval(hits: Any, *, among: int = 1) -> tuple[float, float]:
     return float(found.low), float(found.high)
 
 
+def median_interval(values: Any, *, among: int = 1, least: float = 0.0) -> tuple[float, float]:
+    """Return the distribution-free 95 % interval of the median between order statistics, for ``among`` intervals together.
+
+    Below six rows no pair of order statistics covers it, so the interval is everything from ``least`` on.
+    """
+    from scipy.stats import binom
+
+    ordered, n = np.sort(np.asarray(values, dtype=float)), len(values)
+    k = int(binom.ppf(0.025 / among, n, 0.5))
+    if k < 1:
+        return least, float("inf")
+    return float(ordered[k - 1]), float(ordered[n - k])
+
+
 def bootstrap(
     values: Any, generator: torch.Generator, statistic: Callable[..., Any] = np.mean
 ) -> tuple[float | None, float | None]:

@@ -42,7 +42,7 @@ def swap_letters(word: str, generator: torch.Generator) -> str:
 
 def edits_until_change(
     subject: Subject, rows: Tensor, generator: torch.Generator
-) -> tuple[list[float], list[tuple[str, str, object]], float]:
+) -> tuple[list[float], list[tuple[str, str, object]], list[int]]:
     """Swap letters in one word after the other, the most harmful first, until the answer changes.
 
     Returns
@@ -50,24 +50,23 @@ def edits_until_change(
     edits : list of float
         Words edited for each row, infinity where ``MAX_EDITS`` did not do.
     examples : list of (text, edited text, edits)
-    control : float
-        Share of rows changed by as many swaps in words chosen at random.
+    control : list of int
+        Whether as many swaps in words chosen at random change each answer, 0 or 1.
     """
     edits: list[float] = []
     examples: list[tuple[str, str, object]] = []
-    control = []
+    control: list[int] = []
     for row in rows.tolist():
         pieces, label = words(subject.texts[row]), int(subject.y[row])
         found, edited = _greedy(subject, pieces, label, generator)
         edits.append(found)
-        if len(examples) < 12:
-            shown: object = int(found) if math.isfinite(found) else f"more than {MAX_EDITS}"
-            examples.append((" ".join(pieces), edited if math.isfinite(found) else "", shown))
+        shown: object = int(found) if math.isfinite(found) else f"more than {MAX_EDITS}"
+        examples.append((" ".join(pieces), edited if math.isfinite(found) else "", shown))
         n = int(min(found, MAX_EDITS, len(pieces)))
         chosen = torch.randperm(len(pieces), generator=generator)[:n].tolist()
         random = [swap_letters(w, generator) if i in chosen else w for i, w in enumerate(pieces)]
         control.append(int(subject.predict_texts([" ".join(random)]).argmax(1)) != label)
-    return edits, examples, float(np.mean(control))
+    return edits, examples, control
 
 
 def _greedy(subject: Subject, pieces: list[str], label: int, generator: torch.Generator) -> tuple[float, str]:

@@ -21,66 +21,105 @@ from perturbkit.explain import (
     occlusion,
 )
 
-__all__ = ["attribute", "words"]
+__all__ = ["attribute", "part_name", "shares", "words"]
 
 CELLS = 7
 SHAPLEY_ORDERS = 24
 IG_STEPS = {"image": 12, "tabular": 32, "text": 16}
+# Words of a text that are explained; those behind are left alone.
+LONGEST = 40
+_PAPERS = {
+    "integrated gradients": "integrated_gradients", "Shapley sampling": "removal_framework", "occlusion": "occlusion",
+    "word removal": "occlusion",
+}  # fmt: skip
+
+
+def evaluations(subject: Subject) -> int:
+    """Rows evaluated to explain one row, a gradient counted as three."""
+    cells = {"image": CELLS**2, "text": 16}.get(subject.task, len(subject.feature_names))
+    if subject.task == "tabular" and not subject.has_gradient():
+        return (cells + 1) * (1 + SHAPLEY_ORDERS)
+    return cells + 1 + 3 * IG_STEPS[subject.task]
 
 
 def attribute(context: Context) -> Attributions:
     """Explain the planned rows by occlusion and integrated gradients; tables without a gradient by Shapley sampling."""
     subject = context.subject
     rows = context.correct_rows(context.rows["explain"])
-    # Of a regression the only output is explained.
-    target = torch.zeros_like(rows) if subject.regression else subject.predictions()[rows]
-    if subject.task == "text":
-        found = _text(subject, rows, target)
-    else:
-        found = _tensor(context, rows, target)
-    g = context.generator("random map")
-    shape = next(iter(found.maps.values())).shape
-    found.maps["random"] = torch.rand(shape, generator=g, dtype=torch.float64)
-    return found
+    maps_of = _text_maps if subject.task == "text" else _tensor_maps
+    done, maps = context.chunks(
+        "explain", rows, lambda part, generator: maps_of(context, part, generator), evaluations(subject)
+    )
+    # Drawn for all rows, so that a row has the same random map whether or not the others were reached.
+    shape = (len(rows), next(iter(maps.values())).shape[1])
+    maps["random"] = torch.rand(shape, generator=context.generator("random map"), dtype=torch.float64)[done]
+    rows = rows[done]
+    papers = {m: _PAPERS[m] for m in maps if m != "random"}
+    described = _text_cells if subject.task == "text" else _tensor_cells
+    cells, keep, grid = described(context, rows)
+    return Attributions(rows, _target(subject, rows), maps, cells, keep, grid, papers)
+
+
+def shares(found: Attributions) -> Tensor:
+    """Return each part's share of the size of the maps, in the mean over rows and methods; for images and tables."""
+    sizes = [found.maps[m].abs().mean(0) for m in found.maps if m != "random"]
+    return torch.stack([s / s.sum().clamp_min(1e-300) for s in sizes if bool((s > 0).any())]).mean(0)
+
+
+def part_name(found: Attributions, part: int) -> str:
+    """Return what a part is called: its column, or its place in the grid of an image."""
+    if found.grid is None:
+        return found.cells[0][part]
+    row, column = divmod(part, found.grid[1])
+    return f"the cell {row + 1} down, {column + 1} across (of {found.grid[0]} by {found.grid[1]})"
+
+
+def _target(subject: Subject, rows: Tensor) -> Tensor:
+    """Return the output explained: the predicted class, or of a regression the only one."""
+    return torch.zeros_like(rows) if subject.regression else subject.predictions()[rows]
 
 
 # -- images and tables ------------------------------------------------------------------------------------------
 
 
-def _tensor(context: Context, rows: Tensor, target: Tensor) -> Attributions:
+def _tensor_maps(context: Context, rows: Tensor, generator: torch.Generator) -> dict[str, Tensor]:
     subject = context.subject
     assert subject.oracle is not None
-    assert subject.x is not None
     oracle = subject.point_oracle() if subject.regression else subject.oracle
-    x = subject.x[rows]
-    image = subject.task == "image"
-    baseline = _image_baseline(x) if image else _table_baseline(subject).expand_as(x)
-    grid = (min(CELLS, x.shape[2]), min(CELLS, x.shape[3])) if image else None
+    x, baseline, grid = _tensor_parts(subject, rows)
+    target = _target(subject, rows)
     window = (-(-x.shape[2] // grid[0]), -(-x.shape[3] // grid[1])) if grid else 1
-    maps, papers = {}, {}
+    maps = {}
     if subject.has_gradient():
         by_path = integrated_gradients(oracle, x, target, baseline=baseline, n_steps=IG_STEPS[subject.task])
         maps["integrated gradients"] = _on_cells(by_path.values, grid)
-        papers["integrated gradients"] = "integrated_gradients"
-    elif not image:
+    elif subject.task != "image":
         explainer = RemovalExplainer(DefaultRemoval(baseline[0]), Prediction(), Shapley(SHAPLEY_ORDERS))
-        sampled = explainer.attribute(oracle, x, target, generator=context.generator("shapley"))
+        sampled = explainer.attribute(oracle, x, target, generator=generator)
         maps["Shapley sampling"] = _on_cells(sampled.values, None)
-        papers["Shapley sampling"] = "removal_framework"
     removed = occlusion(oracle, x, target, window=window, baseline=baseline)
     maps["occlusion"] = _on_cells(removed.values, grid)
-    papers["occlusion"] = "occlusion"
-    names = (
-        [[""] * maps["occlusion"].shape[1]] * len(rows)
-        if image
-        else [list(subject.feature_names)] * len(rows)
-    )
+    return maps
+
+
+def _tensor_parts(subject: Subject, rows: Tensor) -> tuple[Tensor, Tensor, tuple[int, int] | None]:
+    """Return rows, what stands for "taken away" in each, and the grid of an image's cells."""
+    assert subject.x is not None
+    x = subject.x[rows]
+    if subject.task != "image":
+        return x, _table_baseline(subject).expand_as(x), None
+    return x, _image_baseline(x), (min(CELLS, x.shape[2]), min(CELLS, x.shape[3]))
+
+
+def _tensor_cells(context: Context, rows: Tensor) -> tuple[list[list[str]], Any, tuple[int, int] | None]:
+    x, baseline, grid = _tensor_parts(context.subject, rows)
+    names = [""] * (grid[0] * grid[1]) if grid else list(context.subject.feature_names)
 
     def keep(i: int, kept: Tensor) -> Tensor:
         mask = _enlarge(kept, grid, x.shape[2:]) if grid else kept
         return torch.where(mask, x[i], baseline[i])
 
-    return Attributions(rows, target, maps, names, keep, grid, papers)
+    return [names] * len(rows), keep, grid
 
 
 def _image_baseline(x: Tensor) -> Tensor:
@@ -117,27 +156,29 @@ def words(text: str) -> list[str]:
     return re.findall(r"\S+", text) or [""]
 
 
-def _text(subject: Subject, rows: Tensor, target: Tensor) -> Attributions:
-    texts = [words(subject.texts[int(i)])[:40] for i in rows]
-    width = max(map(len, texts))
+def _text_maps(context: Context, rows: Tensor, generator: torch.Generator) -> dict[str, Tensor]:
+    subject, target = context.subject, _target(context.subject, rows)
+    texts, keep, _ = _text_cells(context, rows)
+    width = min(LONGEST, max(len(words(t)) for t in subject.texts))
+    removed = torch.zeros(len(rows), width, dtype=torch.float64)
+    for i, row in enumerate(texts):
+        batch = [" ".join(row), *keep(i, ~torch.eye(len(row), dtype=torch.bool))]
+        values = torch.from_numpy(to_probabilities(subject.predict_texts(batch))[:, int(target[i])].copy())
+        removed[i, : len(row)] = values[0] - values[1:]
+    if subject.has_gradient():
+        return {
+            "integrated gradients": _text_gradients(subject, texts, target, width), "word removal": removed
+        }  # fmt: skip
+    return {"word removal": removed}
+
+
+def _text_cells(context: Context, rows: Tensor) -> tuple[list[list[str]], Any, None]:
+    texts = [words(context.subject.texts[int(i)])[:LONGEST] for i in rows]
 
     def keep(i: int, kept: Tensor) -> list[str]:
         return [" ".join(w for w, k in zip(texts[i], row, strict=False) if k) for row in kept.tolist()]
 
-    def probability(i: int, batch: list[str]) -> Tensor:
-        return torch.from_numpy(to_probabilities(subject.predict_texts(batch))[:, int(target[i])].copy())
-
-    removed = torch.zeros(len(rows), width, dtype=torch.float64)
-    for i, row in enumerate(texts):
-        kept = ~torch.eye(len(row), dtype=torch.bool)
-        batch = [" ".join(row), *keep(i, kept)]
-        values = probability(i, batch)
-        removed[i, : len(row)] = values[0] - values[1:]
-    maps, papers = {"word removal": removed}, {"word removal": "occlusion"}
-    if subject.has_gradient():
-        maps = {"integrated gradients": _text_gradients(subject, texts, target, width), **maps}
-        papers["integrated gradients"] = "integrated_gradients"
-    return Attributions(rows, target, maps, texts, keep, None, papers)
+    return texts, keep, None
 
 
 def _text_gradients(subject: Subject, texts: list[list[str]], target: Tensor, width: int) -> Tensor:

@@ -11,9 +11,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from perturbkit.audit.finding import Finding
+from perturbkit.audit.partial import Parts
 from perturbkit.audit.request import AuditRequest
 from perturbkit.audit.subject import Derived, Subject, is_probability
 from perturbkit.core import Cost, Oracle
+from perturbkit.core.watch import DeadlineError
 
 __all__ = ["Attributions", "Context", "Question"]
 
@@ -94,11 +97,82 @@ class Context:
         The model and the chosen rows.
     rows : dict of str to int
         Rows planned for each section.
+    parts : Parts
+        Where chunks of a section's rows are kept until the audit is complete.
+    findings : dict of str to Finding
+        What the sections before found, for those that put it together.
     """
 
     request: AuditRequest
     subject: Subject
     rows: dict[str, int] = field(default_factory=dict)
+    parts: Parts = field(default_factory=Parts)
+    findings: dict[str, Finding] = field(default_factory=dict)
+
+    def chunks(
+        self,
+        name: str,
+        rows: Tensor,
+        function: Callable[[Tensor, torch.Generator], dict[str, Any]],
+        each: int,
+    ) -> tuple[Tensor, dict[str, Any]]:
+        """Measure rows chunk by chunk, in random order, so that a deadline or a crash costs no more than one chunk.
+
+        Parameters
+        ----------
+        name : str
+            What is measured; it names the random numbers and the files of the chunks.
+        rows : Tensor of int64
+            The rows.
+        function : callable
+            ``function(part, generator)`` measures some of the rows: by name a tensor or a list with one entry a row.
+        each : int
+            Evaluations that one row takes.
+
+        Returns
+        -------
+        done : Tensor of int64
+            Places in ``rows`` of those measured, rising: all of them, or a random part where the deadline came.
+        values : dict
+            By name, the measurements in the order of ``done``.
+
+        Raises
+        ------
+        DeadlineError
+            If the deadline came before the end of the first chunk.
+        """
+        order = torch.randperm(len(rows), generator=self.generator(f"order of {name}"))
+        done: list[Tensor] = []
+        found: list[dict[str, Any]] = []
+        for i, places in enumerate(order.split(self.parts.size(each, self.subject.oracle))):
+            generator = self.generator(f"{name} {i}")
+            try:
+                found.append(self._chunk(f"{name} {i}", rows[places], function, generator))
+            except DeadlineError:
+                if not done:
+                    raise
+                self.parts.cut.append((sum(len(d) for d in done), len(rows)))
+                break
+            done.append(places)
+        where = torch.cat(done)
+        back = where.argsort()
+        return where[back], {key: _joined([f[key] for f in found], back) for key in found[0]}
+
+    def _chunk(self, name: str, rows: Tensor, function: Any, generator: torch.Generator) -> dict[str, Any]:
+        known = self.parts.read(name, rows)
+        oracle = self.subject.oracle
+        if known is not None:
+            values, cost = known
+            if oracle is not None:
+                oracle.nfev, oracle.ngrad, oracle.njvp = (
+                    a + b for a, b in zip((oracle.nfev, oracle.ngrad, oracle.njvp), cost, strict=True)
+                )
+            return values
+        before = spent(oracle)
+        values = function(rows, generator)
+        used = spent(oracle) - before
+        self.parts.write(name, rows, values, (used.nfev, used.ngrad, used.njvp))
+        return values
 
     def generator(self, name: str) -> torch.Generator:
         """Return a generator for one purpose, from the seed of the request and the purpose's name."""
@@ -202,3 +276,11 @@ class Context:
 def spent(oracle: Oracle | None) -> Cost:
     """Return what an oracle has counted; nothing where there is no model."""
     return Cost() if oracle is None else oracle.cost
+
+
+def _joined(parts: list[Any], order: Tensor) -> Any:
+    """Put the entries of chunks one after the other, and then into the order asked for."""
+    if isinstance(parts[0], Tensor):
+        return torch.cat(parts)[order]
+    every = [entry for part in parts for entry in part]
+    return [every[i] for i in order.tolist()]

@@ -43,11 +43,13 @@ def _image(memory: str | int | None, device: str | None) -> Subject:
     from perturbkit.data import image_model, load_photographs
 
     model, photos = image_model(), load_photographs(n_crops=6)
+    # Convolutions on a CPU run a third faster with channels last; the numbers are the same up to rounding.
+    module = model.module.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     names = photos.group_names
     groups = () if photos.groups is None else tuple(names[int(g)] for g in photos.groups)
     return Subject(
         name=model.name, data_name=f"{len(photos)} crops of {len(names)} photographs", task="image", y=photos.y,
-        classes=model.class_names, oracle=_oracle(model.module, memory, device), x=photos.x, bounds=(0.0, 1.0),
+        classes=model.class_names, oracle=_oracle(module, memory, device), x=photos.x, bounds=(0.0, 1.0),
         groups=groups,
         remarks=(
             "Crops of one photograph are alike, so every interval below is narrower than that of as many photographs.",

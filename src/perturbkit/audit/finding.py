@@ -87,6 +87,10 @@ class Finding(Result):
         Evaluations spent.
     seconds : float
         Time spent.
+    model_seconds : float
+        Of these, inside the model or the computation of a certificate.
+    cut : str
+        What the time budget left out, in one sentence; empty where everything planned was measured.
     """
 
     section: str
@@ -100,6 +104,8 @@ class Finding(Result):
     papers: tuple[str, ...] = ()
     cost: Cost = field(default_factory=Cost)
     seconds: float = 0.0
+    model_seconds: float = 0.0
+    cut: str = ""
 
     def metric(self, name: str) -> Metric | None:
         """Return the metric of that name, or ``None``."""

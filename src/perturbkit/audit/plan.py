@@ -54,11 +54,17 @@ class Plan:
     sections : tuple of PlannedSection
         In the order of the report.
     seconds : float
-        Estimate of the time, from a few rows timed; nothing depends on it.
+        Estimate of the time, from a few rows timed. Only a time budget makes anything depend on it.
+    operations : float
+        Floating-point operations of one evaluation.
+    each : float
+        Seconds of one evaluation.
     """
 
     sections: tuple[PlannedSection, ...]
     seconds: float = 0.0
+    operations: float = 1e6
+    each: float = 0.0
 
     @property
     def evaluations(self) -> int:
@@ -83,17 +89,58 @@ def make_plan(subject: Subject, request: AuditRequest) -> Plan:
     most all rows. The cost of an evaluation is counted in floating-point operations on one row, not timed, so the
     plan is the same on every machine.
     """
-    budget = PROFILES[request.profile].flops / operations(subject)
+    one = operations(subject)
+    budget = PROFILES[request.profile].flops / one
     planned = []
     # The explanations that faithfulness scores are those of the explain section, planned even when that is skipped.
     for name in request.sections:
         module = section_module(name)
         refusal = _refusal(module, subject, request)
-        each = 0 if subject.oracle is None else module.evaluations(subject, request)
-        rows = subject.n if each == 0 else int(min(subject.n, max(4, budget * module.SHARE / max(each, 1))))
-        planned.append(PlannedSection(name, rows, rows * each, refusal))
-    plan = Plan(tuple(planned))
-    return replace(plan, seconds=plan.evaluations * _seconds(subject))
+        cost = 0 if subject.oracle is None else module.evaluations(subject, request)
+        rows = subject.n if cost == 0 else int(min(subject.n, max(4, budget * module.SHARE / max(cost, 1))))
+        planned.append(PlannedSection(name, rows, rows * cost, refusal))
+    each = _seconds(subject)
+    plan = Plan(tuple(planned), operations=one, each=each)
+    return replace(plan, seconds=plan.evaluations * each)
+
+
+def substitutions(subject: Subject, request: AuditRequest) -> dict[str, str]:
+    """Return by section what is not supported for this subject, why, and what takes its place."""
+    found = {}
+    for name in request.sections:
+        why = _refusal(section_module(name), subject, request)
+        if why:
+            found[name] = f"not run: {why}"
+    if subject.oracle is None:
+        return found
+    for name, methods in (
+        ("explain", "integrated gradients"),
+        ("attack", "the white-box attack (fast_minimum_norm)"),
+    ):
+        left_out = subject.left_out(methods).strip()
+        if name in request.sections and name not in found and left_out:
+            found[name] = left_out
+    if "certify" in request.sections and "certify" not in found and subject.task != "text":
+        why = section_module("certify").obstacle(subject, request)
+        if why:
+            found["certify"] = f"{why} The smoothed model is certified instead."
+    return found
+
+
+def memory_needed(subject: Subject, plan: Plan) -> tuple[int, int, str]:
+    """Return bytes of the model's weights and of one batch with gradients, and how large that batch is."""
+    oracle = subject.oracle
+    if oracle is None:
+        return 0, 0, "predictions only"
+    module = oracle.fun
+    weights = sum(t.nbytes for t in module.state_dict().values()) if hasattr(module, "state_dict") else 0
+    if subject.x is None:
+        return weights, 0, "texts, 64 at a time, whose memory is not known before"
+    gradient = subject.has_gradient()
+    each = oracle.row_memory(subject.x[:1], gradient=gradient)
+    most = max(subject.n, *(s.evaluations for s in plan.sections), 1)
+    rows = next(oracle.chunks(most, subject.x[:1], gradient=gradient))
+    return weights, each * rows, f"{rows:,} rows{' with gradients' if gradient else ''} at a time"
 
 
 def _refusal(module: Any, subject: Subject, request: AuditRequest) -> str:

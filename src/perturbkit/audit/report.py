@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from perturbkit._version import __version__
-from perturbkit.audit.finding import Finding
+from perturbkit.audit.compare import AuditComparison
+from perturbkit.audit.finding import Finding, Table
 from perturbkit.audit.gates import Judgement, judge, read_gates
 from perturbkit.audit.plan import section_module
 from perturbkit.audit.request import AuditRequest
@@ -44,6 +46,18 @@ class Report:
         Whether it was stopped before the end.
     judgement : Judgement or None
         The gates judged, where there were any.
+    comparison : AuditComparison or None
+        What changed since a baseline, where one was given.
+    times : dict of str to float
+        Seconds of "opening" model and data, "planning", "sections", and of these "inside" the model or a certificate.
+    examples : Table or None
+        One line a row audited.
+    marks : dict of str to str
+        Hashes of request, model and data, and the version.
+    source : dict
+        How the command was called, for ``audit.lock.toml``; empty where the model was an object in Python.
+    saved : tuple of Path
+        The files that were written.
     """
 
     request: AuditRequest
@@ -57,6 +71,12 @@ class Report:
     seconds: float
     interrupted: bool = False
     judgement: Judgement | None = None
+    comparison: AuditComparison | None = None
+    times: dict[str, float] = field(default_factory=dict)
+    examples: Table | None = None
+    marks: dict[str, str] = field(default_factory=dict)
+    source: dict[str, Any] = field(default_factory=dict)
+    saved: tuple[Path, ...] = ()
 
     def __getitem__(self, section: str) -> Finding:
         """Return the finding of a section."""
@@ -68,10 +88,17 @@ class Report:
 
     @property
     def exit_code(self) -> int:
-        """Exit code of the command: 130 interrupted, else that of the gates, else 0."""
+        """Exit code of the command: 130 interrupted; else 1 a gate failed or worse than the baseline; else 3; else 0."""
         if self.interrupted:
             return 130
-        return 0 if self.judgement is None else self.judgement.exit_code
+        codes = {part.exit_code for part in (self.judgement, self.comparison) if part is not None}
+        return 1 if 1 in codes else max(codes, default=0)
+
+    @property
+    def share_inside(self) -> float:
+        """Share of the time that was spent inside the model or a certificate, not in perturbkit itself; NaN if unknown."""
+        total = sum(v for k, v in self.times.items() if k != "inside")
+        return self.times.get("inside", math.nan) / total if total > 0 else math.nan
 
     def to_frame(self) -> pd.DataFrame:
         """Return every number, a line each: section, metric, value, low, high, control, n, method, status, cost."""
@@ -121,11 +148,27 @@ class Report:
         """Return the gates judged; ``.passed`` says whether all hold. See :mod:`perturbkit.audit.gates`."""
         return judge(self.findings, read_gates(gates))
 
-    def save(self, folder: str | Path) -> Path:
-        """Write ``report.html``, ``audit.json`` and ``metrics.csv`` and return the path of the first."""
+    def compare(self, old: Report) -> AuditComparison:
+        """Return what changed since an older report; see :mod:`perturbkit.audit.compare`."""
+        from perturbkit.audit.compare import compare
+
+        return compare(old, self)
+
+    def save(self, folder: str | Path, formats: Sequence[str] | None = None) -> Path:
+        """Write the files of a report and return the path of the first.
+
+        ``formats`` chooses among "html" (``report.html``), "json" (``audit.json``), "csv" (``metrics.csv`` and
+        ``examples.csv``), "junit" (``junit.xml``) and "md" (``summary.md``); all by default. ``audit.lock.toml``, which
+        runs the audit again, is always written where a command can.
+        """
+        written = self.write(folder, formats)
+        return written[0] if written else Path(folder)
+
+    def write(self, folder: str | Path, formats: Sequence[str] | None = None) -> tuple[Path, ...]:
+        """Write the same files as :meth:`save` and return the paths of all."""
         from perturbkit.audit.writers import save_report
 
-        return save_report(self, Path(folder))
+        return save_report(self, Path(folder), formats)
 
     def to_dict(self) -> dict[str, Any]:
         """Return the report as plain JSON values, with a schema version."""
@@ -137,12 +180,19 @@ class Report:
             "seconds": self.seconds, "interrupted": self.interrupted,
             "findings": [f.to_dict() for f in self.findings],
             "judgement": None if self.judgement is None else self.judgement.to_dict(),
+            "comparison": None if self.comparison is None else self.comparison.to_dict(),
+            "times": self.times, "examples": None if self.examples is None else self.examples.to_dict(),
+            "marks": self.marks, "source": self.source,
         }  # fmt: skip
 
     def _repr_html_(self) -> str:
         from perturbkit.audit.writers import notebook_summary
 
         return notebook_summary(self)
+
+
+def _part(kind: type[Any], data: Any) -> Any:
+    return None if data is None else kind.from_dict(data)
 
 
 def load_report(path: str | Path) -> Report:
@@ -171,7 +221,9 @@ def load_report(path: str | Path) -> Report:
             request[name] = None if request[name] is None else tuple(request[name])
         return Report(
             request=AuditRequest(**request), findings=tuple(Finding.from_dict(f) for f in data["findings"]),
-            judgement=None if data["judgement"] is None else Judgement.from_dict(data["judgement"]),
+            judgement=_part(Judgement, data["judgement"]), comparison=_part(AuditComparison, data.get("comparison")),
+            examples=_part(Table, data.get("examples")),
+            times=data.get("times") or {}, marks=data.get("marks") or {}, source=data.get("source") or {},
             **{k: data[k] for k in
                ("model", "data", "task", "classes", "rows", "rows_given", "seconds", "interrupted")},
         )  # fmt: skip

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
 from perturbkit.core import checks
 
-__all__ = ["PROFILES", "SECTIONS", "AuditRequest", "Profile"]
+__all__ = ["PROFILES", "SECTIONS", "AuditRequest", "Profile", "parse_duration"]
 
 SECTIONS = (
     "sanity",
@@ -16,9 +17,12 @@ SECTIONS = (
     "faithfulness",
     "attack",
     "certify",
+    "sandwich",
     "calibration",
     "conformal",
     "corruption",
+    "weakest",
+    "slices",
 )
 
 
@@ -78,6 +82,8 @@ class AuditRequest:
         Memory budget of a batch.
     out : Path or None
         Folder of the report; findings are saved there as they are finished.
+    budget : float or None
+        Seconds after which nothing more is measured; ``None``: no limit.
     """
 
     task: str | None = None
@@ -92,6 +98,7 @@ class AuditRequest:
     device: str | None = None
     memory: str | int | None = None
     out: Path | None = None
+    budget: float | None = None
 
     def __post_init__(self) -> None:
         if self.task is not None:
@@ -106,6 +113,8 @@ class AuditRequest:
         checks.between("alpha", self.alpha, 0, 1, inclusive="neither")
         for section in self.sections:
             checks.one_of("section", section, SECTIONS)
+        if self.budget is not None:
+            checks.positive("budget", self.budget)
         if self.bounds is not None and not self.bounds[0] < self.bounds[1]:
             raise checks.ArgumentError(
                 f"bounds is {self.bounds}; allowed: low below high. Write for instance --bounds 0,1."
@@ -127,3 +136,25 @@ class AuditRequest:
                 f"{', '.join(SECTIONS)}. Take one out of --skip or put one into --only."
             )
         return replace(self, sections=chosen)
+
+
+def parse_duration(text: str | float) -> float:
+    """Return a time in seconds.
+
+    Examples
+    --------
+    >>> parse_duration("90s"), parse_duration("10m"), parse_duration("1.5h"), parse_duration(30)
+    (90.0, 600.0, 5400.0, 30.0)
+    """
+    units = {"": 1.0, "s": 1.0, "m": 60.0, "min": 60.0, "h": 3600.0}
+    if isinstance(text, str):
+        match = re.fullmatch(r"\s*([0-9.]+)\s*([a-z]*)\s*", text.lower())
+        try:
+            if match is None:
+                raise ValueError
+            return float(checks.positive("budget", float(match[1]) * units[match[2]]))
+        except (KeyError, ValueError):
+            raise checks.ArgumentError(
+                f"budget is {text!r}; allowed: a time above zero with s, m or h. Write for instance 90s or 10m."
+            ) from None
+    return float(checks.positive("budget", text))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -11,6 +12,7 @@ import torch
 from torch import Tensor
 
 from perturbkit.core import Oracle, checks, unwrap_output
+from perturbkit.core.watch import paced, timed
 
 __all__ = ["Subject", "TextModel"]
 
@@ -85,6 +87,8 @@ class Subject:
         Floating-point operations of a row, where PyTorch cannot count them.
     held : Tensor of bool
         Columns that hold categories, which only whole steps can change; empty where there are none.
+    numbers : Tensor of int64, shape (n,)
+        Where the rows stand in the data as given, from 0.
     """
 
     name: str
@@ -107,7 +111,13 @@ class Subject:
     operations: float | None = None
     held: Tensor = field(default_factory=lambda: torch.zeros(0, dtype=torch.bool))
     _scores: Tensor | None = None
+    numbers: Tensor = field(default_factory=lambda: torch.zeros(0, dtype=torch.long))
     _gradient: bool | None = None
+    _alive: Tensor | None = None
+
+    def __post_init__(self) -> None:
+        if len(self.numbers) != len(self.y):
+            self.numbers = torch.arange(len(self.y))
 
     @property
     def n(self) -> int:
@@ -128,7 +138,7 @@ class Subject:
             texts=[self.texts[i] for i in index] if self.texts else [],
             groups=tuple(self.groups[i] for i in index) if self.groups else (),
             given_probabilities=None if self.given_probabilities is None else self.given_probabilities[index],
-            _scores=None,
+            numbers=self.numbers[rows], _scores=None,
         )  # fmt: skip
 
     def scores(self) -> Tensor:
@@ -144,6 +154,11 @@ class Subject:
                 self._scores = self.oracle(self.x)
         return self._scores
 
+    @property
+    def scores_known(self) -> Tensor | None:
+        """The outputs where they were evaluated before, else ``None``."""
+        return self._scores
+
     def probabilities(self) -> np.ndarray:
         """Return class probabilities as float64, shape (n, classes); logits go through a softmax."""
         return to_probabilities(self.scores())
@@ -156,16 +171,20 @@ class Subject:
         return torch.where(torch.isnan(scores).any(1), -1, scores.argmax(1))
 
     def predict_texts(self, texts: Sequence[str]) -> Tensor:
-        """Return the outputs on texts, counted as evaluations of the oracle, in batches of 64."""
+        """Return the outputs on texts, counted as evaluations of the oracle, in batches of at most 64."""
         assert self.text_model is not None
         assert self.oracle is not None
-        parts = []
-        for start in range(0, len(texts), 64):
-            batch = list(texts[start : start + 64])
-            with self.oracle.frozen(), torch.no_grad():
+        parts, start = [], 0
+        each: float | None = None
+        while start < len(texts):
+            batch = list(texts[start : start + paced(64, each)])
+            began = time.perf_counter()
+            with self.oracle.frozen(), torch.no_grad(), timed():
                 out = self.text_model.predict(batch)
+            each = (time.perf_counter() - began) / len(batch)
             self.oracle.nfev += len(batch)
             parts.append(torch.as_tensor(out))
+            start += len(batch)
         return torch.cat(parts)
 
     def point_oracle(self) -> Oracle:
@@ -179,16 +198,34 @@ class Subject:
         """Say which methods were left out for want of a gradient, and what to do; nothing where there is one."""
         if self.has_gradient():
             return ""
-        why = self.no_gradient or (
+        vanishes = (
+            "the gradient is zero on every row tried: the model is constant around them, or hides its gradient"
+            if self.gradient_vanishes()
+            else ""
+        )
+        why = (self.no_gradient or vanishes) or (
             "no gradient reaches the input. Return the scores of a PyTorch module, without detaching them, to have it"
         )
         return f" Left out: {' and '.join(methods)}, since {why}."
+
+    def answers_probabilities(self) -> bool:
+        """Whether the outputs are probabilities rather than logits."""
+        return is_probability(self.scores())
 
     def has_gradient(self) -> bool:
         """Whether gradients reach the inputs: tried once on a few rows, since a row may sit where they vanish."""
         if self._gradient is None:
             self._gradient = self._try_gradient()
         return self._gradient
+
+    def gradient_vanishes(self) -> bool:
+        """Whether there is a gradient, and it is zero on every row tried."""
+        return not self.has_gradient() and self._alive is not None
+
+    def gradient_alive(self) -> tuple[int, int]:
+        """Return on how many rows the gradient was found other than zero, and how many were tried."""
+        self.has_gradient()
+        return (0, 0) if self._alive is None else (int(self._alive.sum()), len(self._alive))
 
     def _try_gradient(self) -> bool:
         if self.task == "predictions" or self.oracle is None or self.no_gradient:
@@ -203,14 +240,17 @@ class Subject:
                 gradient = Oracle(model.from_embeddings, chunk_size=1).gradient(embedded, 0, mask)
             else:
                 assert self.x is not None
-                few = self.x[:8]
+                few = self.x[torch.linspace(0, self.n - 1, min(8, self.n)).round().long()]
                 target = (
                     torch.zeros(len(few), dtype=torch.long) if self.regression else self.oracle(few).argmax(1)
                 )
                 gradient = self.oracle.gradient(few, target)
         except (RuntimeError, TypeError, SystemExit, checks.PerturbkitError):
             return False
-        return bool(torch.isfinite(gradient).all()) and bool((gradient != 0).any())
+        if not bool(torch.isfinite(gradient).all()):
+            return False
+        self._alive = (gradient != 0).flatten(1).any(1)
+        return bool(self._alive.any())
 
 
 class Derived(Oracle):

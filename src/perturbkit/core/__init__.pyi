@@ -1,5 +1,8 @@
 from . import checks as checks
 from . import random as random
+from . import sampling as sampling
+from .cluster import check_address as check_address
+from .cluster import on_cluster as on_cluster
 from .curvature import Eigenpairs as Eigenpairs
 from .curvature import SpectralDensity as SpectralDensity
 from .curvature import TraceEstimate as TraceEstimate
@@ -96,5 +99,10 @@ from .statistics import conformal_quantile as conformal_quantile
 from .statistics import paired_comparison as paired_comparison
 from .training import History as History
 from .training import fit as fit
+from .watch import DeadlineError as DeadlineError
+from .watch import Watch as Watch
+from .watch import paced as paced
+from .watch import seconds_left as seconds_left
+from .watch import timed as timed
 from .workers import connected as connected
 from .workers import run_workers as run_workers

@@ -7,6 +7,7 @@ stays within one budget, and the model is as it was afterwards: training mode, g
 from __future__ import annotations
 
 import logging
+import time
 import weakref
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -19,6 +20,7 @@ from torch.utils._pytree import tree_leaves
 
 from perturbkit.core import checks
 from perturbkit.core.results import Cost
+from perturbkit.core.watch import paced, timed
 
 __all__ = ["Oracle", "parse_memory", "target_rows", "unwrap_output"]
 
@@ -61,7 +63,9 @@ class Oracle:
     under a dispatch mode that adds up living activations. If memory runs out all the same, the chunk is halved,
     the rows are run again and the halving is logged; a retry is not counted, since no row was answered.
 
-    Results do not depend on the chunk size, beyond the rounding of the model's own kernels.
+    Results do not depend on the chunk size, beyond the rounding of the model's own kernels. Inside a
+    :class:`~perturbkit.core.watch.Watch` the time of a query is counted, its deadline is looked at before each chunk,
+    and chunks are kept short where there is one.
 
     Examples
     --------
@@ -89,6 +93,7 @@ class Oracle:
         self.device = None if device is None else torch.device(device)
         self.nfev = self.ngrad = self.njvp = 0
         self._row_bytes: dict[tuple[Any, ...], tuple[int, int]] = {}
+        self._row_seconds: dict[str, float] = {}
         self._ceiling: int | None = None
 
     @classmethod
@@ -218,6 +223,14 @@ class Oracle:
             yield min(size, n)
             n -= size
 
+    def row_memory(self, like: Tensor, *, gradient: bool = False) -> int:
+        """Return the bytes that one row like those of ``like`` keeps alive at the peak, measured once on one row."""
+        kind = "backward" if gradient else "forward"
+        key = (kind, (like.shape[1:], like.dtype, like.device))
+        if key not in self._row_bytes:
+            self._row_bytes[key] = self._measure((like,), kind)
+        return self._row_bytes[key][0]
+
     @contextmanager
     def frozen(self) -> Iterator[None]:
         """Hold the model in evaluation mode with parameters out of the graph, and restore it on leaving.
@@ -266,15 +279,19 @@ class Oracle:
             size = self._size(model_rows or arguments, kind)
             start = 0
             while start < n:
+                now = min(paced(size, self._row_seconds.get(kind)), n - start)
+                began = time.perf_counter()
                 try:
-                    parts.append(run(*(a[start : start + size] for a in arguments)))
+                    with timed():
+                        parts.append(run(*(a[start : start + now] for a in arguments)))
                 except (RuntimeError, MemoryError) as error:
-                    if not _out_of_memory(error) or size == 1:
+                    if not _out_of_memory(error) or now == 1:
                         raise
-                    size = self._ceiling = max(1, min(size, n) // 2)
+                    size = self._ceiling = max(1, now // 2)
                     _log.warning("out of memory: continuing with chunks of %d rows", size)
                     continue
-                start += size
+                self._row_seconds[kind] = (time.perf_counter() - began) / now
+                start += now
         if len(parts) == 1:
             return parts[0]
         return tuple(torch.cat(column) for column in zip(*parts, strict=True))

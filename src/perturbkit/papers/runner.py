@@ -10,7 +10,6 @@ import base64
 import hashlib
 import json
 import os
-import re
 import signal
 import subprocess
 import sys
@@ -25,13 +24,13 @@ from pathlib import Path
 from typing import Any
 
 from perturbkit.core import checks
+from perturbkit.core.cluster import on_cluster
 from perturbkit.papers.records import PAPERS, PaperRecord, method_source
 
 __all__ = ["fingerprint", "read_outcome", "run_papers"]
 
 Outcome = dict[str, Any]
 _LOG_CHARACTERS = 4000
-_CONNECT_SECONDS = 20
 
 
 def run_papers(
@@ -235,7 +234,7 @@ def _executor(
         yield given, None
         return
     if cluster is not None:
-        with _cluster(cluster) as remote:
+        with on_cluster(cluster) as remote:
             yield remote, None
         return
     pool, processes = ThreadPoolExecutor(jobs), _Processes()
@@ -245,34 +244,6 @@ def _executor(
         pool.shutdown(wait=False, cancel_futures=True)
         processes.stop()
         pool.shutdown(wait=True)
-
-
-@contextmanager
-def _cluster(address: str) -> Iterator[Executor]:
-    if not re.fullmatch(r"(tcp|tls)://[^/\s]+:\d+", address):
-        raise checks.ArgumentError(
-            f"cluster is {address!r}; allowed: tcp://HOST:PORT. Pass the address that the Dask scheduler prints."
-        )
-    distributed = checks.extra("distributed", "cluster")
-    client = None
-    try:
-        client = distributed.Client(address, timeout=_CONNECT_SECONDS, set_as_default=False)
-        client.wait_for_workers(1, timeout=_CONNECT_SECONDS)
-    except (OSError, TimeoutError) as error:
-        if client is not None:
-            client.close()
-        raise checks.ArgumentError(
-            f"cluster is {address!r}, where {'no worker' if client else 'no scheduler'} answers ({error}); allowed: "
-            "a Dask scheduler with workers. Start 'dask scheduler', and 'dask worker' with its address."
-        ) from None
-    # pure=False: a second run must not be answered from the scheduler's memory. A task whose worker dies is run
-    # again elsewhere; what a reproduction itself does wrong comes back as an answer and is not retried.
-    executor = client.get_executor(pure=False, retries=3)
-    try:
-        yield executor
-    finally:
-        executor.shutdown(wait=False)
-        client.close()
 
 
 def _collected(futures: dict[Future[Outcome], PaperRecord], out: Path, seed: int) -> Iterator[Outcome]:
@@ -336,7 +307,7 @@ def _save(out: Path, outcome: Outcome) -> None:
         for old in folder.glob(f"{key}.*.{kind}"):
             old.unlink()
     samples = outcome.pop("samples", {})
-    outcome["samples"] = sorted(samples)
+    outcome["samples"] = list(samples)
     for name, content in samples.items():
         _write(folder / f"{key}.{name}", base64.b64decode(content))
     _write(folder / f"{key}.json", (json.dumps(outcome, indent=1, allow_nan=False) + "\n").encode())

@@ -141,7 +141,7 @@ def test_a_report_names_what_was_left_out_and_what_to_do(tmp_path):
     ):  # fmt: skip
         assert method in report[section].does_not_show
         assert remedy in report[section].does_not_show
-    assert report["attack"].metric("radius.median").method == "random directions"
+    assert report["attack"].metric("radius.median").method.startswith("random directions")
     assert report["attack"].cost.ngrad == 0
     assert remedy in str(report["sanity"].table.rows)
     assert remedy in audit.render_html(report)

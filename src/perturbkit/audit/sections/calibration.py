@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import math
 from typing import TYPE_CHECKING
 
 import numpy as np
+import torch
+from scipy.optimize import brentq, minimize_scalar
+from scipy.stats import chi2
 
 from perturbkit.audit import _figures
 from perturbkit.audit._intervals import bootstrap, share_interval
@@ -21,6 +25,8 @@ SHARE = 0.0
 NEEDS_MODEL = ""
 BINS = 15
 TOLERATED = 0.05
+# Temperatures are sought between exp(-7) and exp(7).
+_LIMIT = 7.0
 
 
 def refusal(subject: Subject, request: AuditRequest) -> str:
@@ -53,7 +59,7 @@ def run(context: Context) -> Finding:
     beyond = float(np.mean(np.array(chance) >= errors.ece))
     # An error that chance alone explains is compatible with zero, whatever the bootstrap says.
     low = 0.0 if beyond >= 0.025 else errors.ece_low
-    metrics = (
+    metrics: tuple[Metric, ...] = (
         Metric("ece", errors.ece, low, errors.ece_high, len(y), f"{BINS} bins", control),
         Metric(
             "overconfidence",
@@ -67,18 +73,58 @@ def run(context: Context) -> Finding:
         Metric("nll", errors.nll, None, None, len(y), "negative log-likelihood, nats"),
         Metric("brier", errors.brier, None, None, len(y), "Brier score"),
     )
+    temperature = _temperature(subject)
+    if temperature is not None:
+        metrics = (*metrics, temperature)
     weak = errors.ece > TOLERATED and beyond < 0.05
     side = "more" if gap.mean() > 0 else "less"
     return Finding(
         "calibration", "weak" if weak else "ok",
         f"The confidence is off by {errors.ece:.3f} in the mean (a calibrated model would show {control:.3f} by chance); "
-        f"the model is {abs(gap.mean()):.3f} {side} confident than right.",
+        f"the model is {abs(gap.mean()):.3f} {side} confident than right."
+        + _mended(temperature),
         metrics, Table(("confidence", "rows", "mean confidence", "accuracy", "95 % interval"), _rows(confidence, right)),
-        _bins(confidence, right),
+        {**_bins(confidence, right), "references": ["temperature"]},
         "Calibration on other data: a shift of the inputs moves it. The error depends on the bins, and is biased "
         "upward on few rows; compare it with the chance value. Its interval covers in nine cases of ten rather than 95 of 100.",
         papers=("calibration_errors",),
     )  # fmt: skip
+
+
+def _temperature(subject: Subject) -> Metric | None:
+    """Return the number that the logits should be divided by, with its interval by likelihood; nothing where any certainty fits."""
+    scores = subject.scores().double()
+    if subject.given_probabilities is not None or subject.answers_probabilities():
+        scores = torch.from_numpy(np.log(np.maximum(subject.probabilities(), 1e-300)))
+    scores = scores[~scores.isnan().any(1)]
+    y = subject.y[: len(scores)] if len(scores) == subject.n else None
+    if y is None:
+        return None
+
+    def loss(log_sharpness: float) -> float:
+        scaled = scores * math.exp(log_sharpness)
+        return float(torch.nn.functional.cross_entropy(scaled, y, reduction="sum"))
+
+    found = minimize_scalar(loss, bounds=(-_LIMIT, _LIMIT), method="bounded", options={"xatol": 1e-6})
+    best, least = float(found.x), float(found.fun)
+    # Twice the log-likelihood ratio has one degree of freedom, Wilks.
+    allowed = least + chi2.ppf(0.95, 1) / 2
+    if loss(-_LIMIT) <= allowed or loss(_LIMIT) <= allowed:
+        return None
+    ends = [brentq(lambda s: loss(s) - allowed, a, b) for a, b in ((-_LIMIT, best), (best, _LIMIT))]
+    return Metric(
+        "temperature", math.exp(-best), math.exp(-ends[1]), math.exp(-ends[0]), subject.n,
+        "what the logits should be divided by; above 1 the model is overconfident", 1.0,
+    )  # fmt: skip
+
+
+def _mended(temperature: Metric | None) -> str:
+    if temperature is None or temperature.low is None or temperature.high is None:
+        return ""
+    if temperature.low <= 1 <= temperature.high:
+        return ""
+    side = "overconfident" if temperature.low > 1 else "underconfident"
+    return f" It is {side}: its logits should be divided by {temperature.value:.2f} [{temperature.low:.2f}, {temperature.high:.2f}]."
 
 
 def draw(finding: Finding) -> Figure:

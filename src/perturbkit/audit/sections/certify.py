@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
@@ -17,6 +18,7 @@ from perturbkit.audit.request import AuditRequest
 from perturbkit.audit.sections.attack import default_eps, unit
 from perturbkit.audit.subject import Subject
 from perturbkit.core import around, checks
+from perturbkit.core.watch import timed
 from perturbkit.robust import BoundedModule, randomized_smoothing
 
 if TYPE_CHECKING:
@@ -27,7 +29,7 @@ NEEDS_MODEL = "a proof"
 DRAWS = {"quick": 64, "standard": 1000, "full": 10000}
 SIGMA = {"image": 0.1, "tabular": 0.25}
 _FAILURE = 0.01
-_HALVINGS = 12
+_HALVINGS, _DOUBLINGS = 12, 8
 # Outputs times inputs beyond which a bound for each output takes longer than an audit should.
 _LARGEST = 100_000
 
@@ -46,10 +48,14 @@ def run(context: Context) -> Finding:
     if not subject.regression and not bool((subject.predictions()[rows] == subject.y[rows]).any()):
         why = "no row that was drawn is answered rightly: there is nothing to certify. Add rows with --n."
         return Finding("certify", "not run", "No row is answered rightly.", why=why)
+    each = evaluations(subject, context.request)
     try:
-        radius = _by_relaxation(context, rows)
+        done, found = context.chunks(
+            "certify", rows, lambda part, _: {"radius": _by_relaxation(context, part)}, each
+        )
     except checks.PerturbkitError as error:
         return _smoothed(context, rows, str(error))
+    rows, radius = rows[done], found["radius"]
     if subject.regression:
         return _number_finding(
             context, rows, radius, context.request.norm, "the model", "linear relaxation", "lirpa",
@@ -60,6 +66,24 @@ def run(context: Context) -> Finding:
         context, rows, radius, context.request.norm, "the model", "linear relaxation", "lirpa",
         "Radii beyond the bound: relaxations are loose on deep networks, so a radius of zero proves nothing either way.",
     )  # fmt: skip
+
+
+def obstacle(subject: Subject, request: AuditRequest) -> str:
+    """Return why the model itself cannot be bounded by linear relaxation; empty where nothing is known against it."""
+    assert subject.x is not None
+    try:
+        module, context = _module(subject), Context(request, subject)
+        if len(subject.classes) * subject.x[0].numel() > _LARGEST:
+            raise checks.ModelError(_too_many(subject))
+        BoundedModule(_InUnits(module, context.scale), subject.x[:1] / context.scale)
+    except checks.PerturbkitError as error:
+        return str(error)
+    return ""
+
+
+def _too_many(subject: Subject) -> str:
+    assert subject.x is not None
+    return f"the model has {len(subject.classes)} outputs on inputs of {subject.x[0].numel()} numbers, too many to bound here."
 
 
 def draw(finding: Finding) -> Figure:
@@ -78,24 +102,40 @@ def _by_relaxation(context: Context, rows: Tensor) -> Tensor:
     if subject.regression:
         return _number_radius(context, module, z, subject.predictions()[rows])
     if len(subject.classes) * z[0].numel() > _LARGEST:
-        raise checks.ModelError(
-            f"the model has {len(subject.classes)} outputs on inputs of {z[0].numel()} numbers, too many to bound here."
-        )
+        raise checks.ModelError(_too_many(subject))
     bounded = BoundedModule(_InUnits(module, context.scale), z[:1])
     eye = torch.eye(bounded.n_outputs, dtype=z.dtype)
     # The lead of the label over each class; its own row is left out of the proof.
     lead = eye[y][:, None] - eye[None]
-    low, high = torch.zeros(len(z)), torch.full((len(z),), 0.5 if subject.task == "image" else 3.0)
-    with subject.oracle.frozen(), torch.no_grad():
-        for _ in range(_HALVINGS):
-            middle = (low + high) / 2
+
+    def proved(radius: Tensor) -> Tensor:
+        assert subject.oracle is not None
+        with subject.oracle.frozen(), torch.no_grad(), timed("certificate"):
             found = bounded.bounds(
-                z, around(z, norm, middle.to(z), context.scaled_bounds), method="crown-ibp", C=lead
+                z, around(z, norm, radius.to(z), context.scaled_bounds), method="crown-ibp", C=lead
             )
-            subject.oracle.nfev += found.cost.nfev
-            assert found.lower is not None
-            proved = (found.lower.scatter(1, y[:, None], torch.inf) > 0).all(1)
-            low, high = torch.where(proved, middle, low), torch.where(proved, high, middle)
+        subject.oracle.nfev += found.cost.nfev
+        assert found.lower is not None
+        return (found.lower.scatter(1, y[:, None], torch.inf) > 0).all(1)
+
+    return _largest_proved(proved, len(z), 0.5 if subject.task == "image" else 3.0)
+
+
+def _largest_proved(proved: Callable[[Tensor], Tensor], n: int, first: float) -> Tensor:
+    """Halve in on the largest proved radius, from ``first``, which is doubled while all of it is proved; infinity beyond."""
+    low, high = torch.zeros(n), torch.full((n,), first)
+    for _ in range(_DOUBLINGS):
+        held = proved(high)
+        if not bool(held.any()):
+            break
+        low, high = torch.where(held, high, low), torch.where(held, 2 * high, high)
+    else:
+        held = proved(high)
+        low = torch.where(held, torch.inf, low)
+    for _ in range(_HALVINGS):
+        middle = torch.where(torch.isinf(low), high, (low + high) / 2)
+        held = proved(middle)
+        low, high = torch.where(held & torch.isfinite(low), middle, low), torch.where(held, high, middle)
     return low
 
 
@@ -117,14 +157,13 @@ def _module(subject: Subject) -> torch.nn.Module:
 
 def _number_radius(context: Context, module: torch.nn.Module, z: Tensor, clean: Tensor) -> Tensor:
     """Return the largest radius within which each number is proved to move by less than the stated amount."""
-    low, high = torch.zeros(len(z)), torch.full((len(z),), 3.0)
     bounded = BoundedModule(_InUnits(module, context.scale), z[:1])
-    for _ in range(_HALVINGS):
-        middle = (low + high) / 2
-        lower, upper = _number_bounds(context, bounded, z, middle)
-        proved = torch.maximum(upper - clean, clean - lower) < context.moved
-        low, high = torch.where(proved, middle, low), torch.where(proved, high, middle)
-    return low
+
+    def proved(radius: Tensor) -> Tensor:
+        lower, upper = _number_bounds(context, bounded, z, radius)
+        return torch.maximum(upper - clean, clean - lower) < context.moved
+
+    return _largest_proved(proved, len(z), 3.0)
 
 
 def _number_bounds(
@@ -135,7 +174,7 @@ def _number_bounds(
     assert subject.oracle is not None
     assert subject.point is not None
     weights = subject.point.to(z).expand(len(z), 1, -1)
-    with subject.oracle.frozen(), torch.no_grad():
+    with subject.oracle.frozen(), torch.no_grad(), timed("certificate"):
         found = bounded.bounds(
             z, around(z, norm, radius.to(z), context.scaled_bounds), method="crown-ibp", C=weights
         )
@@ -174,15 +213,19 @@ def _smoothed(context: Context, rows: Tensor, why: str) -> Finding:
     subject, request = context.subject, context.request
     assert subject.x is not None
     sigma = SIGMA[subject.task]
-    asked = context.question(rows)
     n = DRAWS[request.profile]
-    found = randomized_smoothing(
-        asked.oracle, asked.z, sigma=sigma, n_selection=max(10, n // 10), n_samples=n - max(10, n // 10),
-        alpha=_FAILURE, generator=context.generator("smoothing"),
-    )  # fmt: skip
-    assert found.radius is not None
-    right = found.prediction == asked.y
-    radius = torch.where(right, found.radius, 0.0)
+
+    def smoothed(part: Tensor, generator: torch.Generator) -> dict[str, Tensor]:
+        asked = context.question(part)
+        found = randomized_smoothing(
+            asked.oracle, asked.z, sigma=sigma, n_selection=max(10, n // 10), n_samples=n - max(10, n // 10),
+            alpha=_FAILURE, generator=generator,
+        )  # fmt: skip
+        assert found.radius is not None
+        return {"radius": torch.where(found.prediction == asked.y, found.radius, 0.0)}
+
+    done, found = context.chunks("certify smoothed", rows, smoothed, evaluations(subject, request))
+    rows, radius = rows[done], found["radius"]
     if subject.regression:
         return _number_finding(
             context, rows, radius, "l2", f"the model smoothed by a median, sigma {sigma:g}", "randomized smoothing",
@@ -229,14 +272,18 @@ def _finding(
     )
     weak = float(np.median(values)) <= eps
     table = tuple(
-        (int(r), subject.classes[int(subject.y[r])], float(v)) for r, v in zip(rows, values, strict=True)
+        (int(subject.numbers[r]), subject.classes[int(subject.y[r])], float(v))
+        for r, v in zip(rows, values, strict=True)
     )[:20]
     series: dict[str, Any] = {
+        "rows": rows.tolist(),
         "radius": values.tolist(),
         "unit": in_unit,
         "eps": eps,
         "function": function,
         "norm": norm,
+        "of": "model" if function == "the model" else "smoothed",
+        "sigma": SIGMA[subject.task],
     }
     return Finding(
         "certify", "weak" if weak else "ok",
@@ -277,14 +324,17 @@ def _number_finding(
         else f" At {eps:.3g} no change moves half of them by more than {np.median(reach):.3g}."
     )
     answers = subject.predictions()[rows]
-    table = tuple((int(r), float(a), float(v)) for r, a, v in zip(rows, answers, values, strict=True))[:20]
+    table = tuple(
+        (int(subject.numbers[r]), float(a), float(v)) for r, a, v in zip(rows, answers, values, strict=True)
+    )[:20]
     return Finding(
         "certify", "weak" if float(np.median(values)) <= eps else "ok",
         f"Of {function}, {proved.mean():.0%} of the rows are proved beyond {eps:.3g} to move by less than {moved:.3g} "
         f"({MOVED:g} standard deviations of the target); the median proved radius is {np.median(values):.3g} ({in_unit})."
         + told,
         tuple(metrics), Table(("row", "answer", "proved radius"), table),
-        {"radius": values.tolist(), "unit": in_unit, "eps": eps, "function": function, "norm": norm},
+        {"rows": rows.tolist(), "radius": values.tolist(), "unit": in_unit, "eps": eps, "function": function, "norm": norm,
+         "of": "model" if function == "the model" else "smoothed"},
         limits, papers=(paper,),
     )  # fmt: skip
 
@@ -292,16 +342,20 @@ def _number_finding(
 def _text(context: Context) -> Finding:
     subject, request = context.subject, context.request
     rows = context.fair_rows(max(4, context.rows["certify"]))
-    counts = ablation_certificate(
-        subject, rows, n_draws=DRAWS[request.profile], alpha=_FAILURE, generator=context.generator("ablation")
-    )
-    values = np.array(counts, dtype=float)
+    done, found = context.chunks(
+        "certify", rows,
+        lambda part, generator: {"words": ablation_certificate(
+            subject, part, n_draws=DRAWS[request.profile], alpha=_FAILURE, generator=generator
+        )}, evaluations(subject, request),
+    )  # fmt: skip
+    rows, values = rows[done], np.array(found["words"], dtype=float)
     low, high = bootstrap(values, context.generator("mean"))
     some = float((values >= 1).mean())
     some_low, some_high = share_interval(values >= 1)
-    table = tuple((int(r), subject.texts[int(r)][:80], int(v)) for r, v in zip(rows, values, strict=True))[
-        :20
-    ]
+    table = tuple(
+        (int(subject.numbers[r]), subject.texts[int(r)][:80], int(v))
+        for r, v in zip(rows, values, strict=True)
+    )[:20]
     return Finding(
         "certify", "ok" if some > 0 else "weak",
         f"Of the model smoothed by random ablation of words, {some:.0%} of the texts are proved against replacing any "
@@ -311,7 +365,8 @@ def _text(context: Context) -> Finding:
             Metric("accuracy.one_word", some, some_low, some_high, len(values), "randomized ablation"),
         ),
         Table(("row", "text", "words proved"), table),
-        {"radius": values.tolist(), "unit": "words replaced", "eps": 0.0, "function": "the ablated model", "norm": "words"},
+        {"rows": rows.tolist(), "radius": values.tolist(), "unit": "words replaced", "eps": 0.0, "function": "the ablated model", "norm": "words", "of": "ablated",
+         "references": ["randomized_ablation"]},
         "The model itself: the ablated model, which sees a random part of the words and takes a vote, was certified, "
         f"each text with confidence {1 - _FAILURE:.0%}. Inserted or deleted words are not covered.",
     )  # fmt: skip

@@ -164,11 +164,11 @@ def _numbers(context: Context) -> Finding:
         + (f" The guarantee does not reach {', '.join(short[:3])}." if short else ""),
         metrics, Table(("group" if subject.groups else "answers", "rows", "coverage", "95 % interval"), table),
         {"targets": y[test][shown].tolist(), "low": low[shown].tolist(), "high": high[shown].tolist(),
-         "coverages": coverages, "alpha": alpha},
+         "coverages": coverages, "alpha": alpha, "references": ["conformal_intervals"]},
         "Coverage within a group or for one input: the guarantee is for the mean over rows like these, and ends when "
         "the data drift." + ("" if quantiles else " Every interval is as long, also where the model errs more: a model "
         "of quantiles would adapt them."),
-        papers=("split_conformal",),
+        papers=(),
     )  # fmt: skip
 
 

@@ -47,12 +47,18 @@ def run(context: Context) -> Finding:
             .sort()
             .values
         )
-    chosen = subject.take(rows)
+    done, found = context.chunks(
+        "corruption", rows,
+        lambda part, generator: {"answers": _damaged_answers(context, subject.take(part), generator)},
+        evaluations(subject, context.request),
+    )  # fmt: skip
+    rows = rows[done]
+    chosen, answers = subject.take(rows), found["answers"]
     if subject.regression:
-        return _numbers(context, chosen)
+        return _numbers(context, chosen, answers)
     clean = int((subject.predictions()[rows] == chosen.y).sum())
     names = kinds(subject.task)
-    grid = [[_right(context, chosen, kind, severity) for severity in severities] for kind in names]
+    grid = (answers == chosen.y[:, None, None]).sum(0).tolist()
     n = chosen.n
     worst = min((k, i, j) for i, line in enumerate(grid) for j, k in enumerate(line))
     low, high = share_interval(np.arange(n) < worst[0])
@@ -91,10 +97,8 @@ def draw(finding: Finding) -> Figure:
     return _figures.heat_table(s["kinds"], s["severities"], s["accuracy"])
 
 
-def _numbers(context: Context, chosen: Subject) -> Finding:
+def _numbers(context: Context, chosen: Subject, damaged: Tensor) -> Finding:
     """Measure the root mean squared error under each kind of damage and severity."""
-    assert chosen.point is not None
-    point = chosen.point
     severities, names, y = SEVERITIES[context.request.profile], kinds(chosen.task), chosen.y.double().numpy()
 
     def pairs(answers: Tensor) -> np.ndarray:
@@ -102,7 +106,7 @@ def _numbers(context: Context, chosen: Subject) -> Finding:
 
     clean = pairs(chosen.predictions())
     grid = [
-        [pairs(_damaged_scores(context, chosen, kind, s).double() @ point) for s in severities] for kind in names
+        [pairs(damaged[:, i, j]) for j in range(len(severities))] for i in range(len(names))
     ]  # fmt: skip
     errors = [[root_mean_square(p) for p in line] for line in grid]
     worst, i, j = max((e, i, j) for i, line in enumerate(errors) for j, e in enumerate(line))
@@ -129,13 +133,19 @@ def _numbers(context: Context, chosen: Subject) -> Finding:
     )  # fmt: skip
 
 
-def _right(context: Context, chosen: Subject, kind: str, severity: int) -> int:
-    scores = _damaged_scores(context, chosen, kind, severity)
-    return int((scores.argmax(1) == chosen.y).sum())
+def _damaged_answers(context: Context, chosen: Subject, generator: torch.Generator) -> Tensor:
+    """Return the answers under every kind and severity, shape (rows, kinds, severities)."""
+    columns = []
+    for kind in kinds(chosen.task):
+        for severity in SEVERITIES[context.request.profile]:
+            scores = _damaged_scores(context, chosen, kind, severity, generator)
+            columns.append(scores.argmax(1) if chosen.point is None else scores.double() @ chosen.point)
+    return torch.stack(columns, 1).reshape(chosen.n, len(kinds(chosen.task)), -1)
 
 
-def _damaged_scores(context: Context, chosen: Subject, kind: str, severity: int) -> Tensor:
-    generator = context.generator(f"{kind} {severity}")
+def _damaged_scores(
+    context: Context, chosen: Subject, kind: str, severity: int, generator: torch.Generator
+) -> Tensor:
     if chosen.task == "text":
         return chosen.predict_texts([corrupt_text(t, kind, severity, generator) for t in chosen.texts])
     assert chosen.oracle is not None

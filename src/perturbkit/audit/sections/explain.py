@@ -10,9 +10,8 @@ import torch
 from scipy.stats import spearmanr
 from torch import Tensor
 
-from perturbkit.audit import _figures
+from perturbkit.audit import _figures, attributions
 from perturbkit.audit._intervals import bootstrap
-from perturbkit.audit.attributions import CELLS, IG_STEPS, SHAPLEY_ORDERS
 from perturbkit.audit.context import Attributions, Context
 from perturbkit.audit.finding import Finding, Metric, Table
 from perturbkit.audit.request import AuditRequest
@@ -28,10 +27,7 @@ _SHOWN = 4
 
 def evaluations(subject: Subject, request: AuditRequest) -> int:
     """Rows evaluated for one row of data."""
-    cells = {"image": CELLS**2, "text": 16}.get(subject.task, len(subject.feature_names))
-    if subject.task == "tabular" and not subject.has_gradient():
-        return (cells + 1) * (1 + SHAPLEY_ORDERS)
-    return cells + 1 + 3 * IG_STEPS[subject.task]
+    return attributions.evaluations(subject)
 
 
 def run(context: Context) -> Finding:
@@ -45,8 +41,17 @@ def run(context: Context) -> Finding:
     ranks = {name: _agreement(found.maps[a], found.maps[b], lengths) for name, (a, b) in pairs.items()}
     metrics: tuple[Metric, ...] = ()
     status = "ok"
-    if all(np.isnan(r).all() for r in ranks.values()):
+    flat = [m for m in methods if bool((found.maps[m] == 0).all())]
+    if len(flat) == len(methods):
+        status, headline = (
+            "weak",
+            "Nothing matters to the model: removing any part leaves its answers as they are.",
+        )
+    elif all(np.isnan(r).all() for r in ranks.values()):
         headline = "There are fewer than three parts to an input, too few to compare two maps."
+    elif "agreement" in ranks and np.isnan(ranks["agreement"]).all():
+        status = "weak"
+        headline = f"Two maps could not be compared on any row: by {' and '.join(flat) or 'one of them'} every part matters as little."
     elif "agreement" in ranks:
         control = float(np.nanmean(ranks["control"]))
         values = ranks["agreement"][~np.isnan(ranks["agreement"])]
@@ -66,6 +71,8 @@ def run(context: Context) -> Finding:
         headline = (
             "One method explains this model, since no gradient reaches its inputs; nothing cross-checks it."
         )
+    if len(flat) < len(methods):
+        headline += _first(context, found)
     series, table = _details(context, found, methods)
     return Finding(
         "explain", status, headline, metrics, table, series,
@@ -75,6 +82,15 @@ def run(context: Context) -> Finding:
         + context.subject.left_out("integrated gradients"),
         papers=tuple(found.papers.values()),
     )  # fmt: skip
+
+
+def _first(context: Context, found: Attributions) -> str:
+    """Name the part that matters most over all rows, and its share of all that matters."""
+    if context.subject.task == "text":
+        return ""
+    shares = attributions.shares(found)
+    first = int(shares.argmax())
+    return f" First comes {attributions.part_name(found, first)}, with {float(shares[first]):.0%} of what matters."
 
 
 def draw(finding: Finding) -> Figure:
@@ -101,7 +117,10 @@ def _details(context: Context, found: Attributions, methods: list[str]) -> tuple
     titles = (
         []
         if subject.regression
-        else [f"{subject.classes[int(found.target[i])]} (row {int(found.rows[i])})" for i in shown]
+        else [
+            f"{subject.classes[int(found.target[i])]} (row {int(subject.numbers[found.rows[i]])})"
+            for i in shown
+        ]
     )
     series: dict[str, Any] = {"kind": subject.task, "titles": titles}
     if subject.task == "tabular":

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
+from scipy.optimize import linear_sum_assignment
 
 from perturbkit.audit._figures import bars
 from perturbkit.audit._intervals import bootstrap, share_interval
@@ -20,6 +21,10 @@ if TYPE_CHECKING:
 
 SHARE = 0.0
 NEEDS_MODEL = ""
+TWICE, ALONE, GRADIENT = "same answer twice", "same answer alone and in a batch", "gradient reaches the input"
+ANSWERED, DEPENDS, SEVERAL = "an answer to every row", "answers depend on the input", "more than one answer"
+ORDER, COMMONEST = "labels in the order of the outputs", "better than one answer for all"
+_MOST_CLASSES = 1000
 
 
 def evaluations(subject: Subject, request: AuditRequest) -> int:
@@ -40,11 +45,19 @@ def run(context: Context) -> Finding:
     rows: list[tuple[str, str, str]] = [("accuracy", f"{k} of {n} rows right", "passed")]
     worse = low <= majority and k / n < 0.999 and (counts > 0).sum() > 1
     rows.append(
-        ("better than the commonest class", f"{majority:.2f} by always answering it", _mark(not worse))
+        (
+            COMMONEST,
+            f"accuracy {k / n:.2f}, and {majority:.2f} by always answering the commonest class",
+            _mark(not worse),
+        )
     )
     broken = int(torch.isnan(subject.scores()).any(1).sum())
     if broken:
-        rows.append(("an answer to every row", f"NaN on {broken} of {n} rows, counted as wrong", "look"))
+        rows.append((ANSWERED, f"NaN on {broken} of {n} rows, counted as wrong", "look"))
+    rows.append(_dependence(subject))
+    swapped = _swapped(subject)
+    if swapped:
+        rows.append((ORDER, swapped, "look"))
     if subject.task != "predictions":
         rows.extend(_model_rows(context))
     rows.extend(("on opening", note, "look") for note in subject.notes)
@@ -59,7 +72,11 @@ def run(context: Context) -> Finding:
         "sanity",
         "weak" if weak else "ok",
         f"The model answers {k} of {n} rows rightly"
-        + (", and something in the set-up needs a look." if weak else " and the set-up is sound."),
+        + (
+            ", and something in the set-up needs a look." + _told(rows)
+            if weak
+            else " and the set-up is sound."
+        ),
         (accuracy,),
         Table(("check", "found", "verdict"), tuple(rows)),
         {"classes": [c for c, _, _ in by_class], "accuracy": [a for _, a, _ in by_class]},
@@ -96,11 +113,12 @@ def _numbers(context: Context) -> Finding:
     worse = r2.low is None or r2.low <= 0
     rows = [
         ("error", f"root mean squared {rmse.text}, R2 {r2.text}", "passed"),
-        ("better than the mean of the targets", f"{y.std():.4g} by always answering it", _mark(not worse)),
+        (COMMONEST, f"{y.std():.4g} by always answering it", _mark(not worse)),
     ]
     if broken.any():
         found = f"NaN on {int(broken.sum())} of {subject.n} rows, taken for the mean"
-        rows.append(("an answer to every row", found, "look"))
+        rows.append((ANSWERED, found, "look"))
+    rows.append(_dependence(subject))
     if subject.task != "predictions":
         rows.extend(_model_rows(context))
     rows.extend(("on opening", note, "look") for note in subject.notes)
@@ -111,7 +129,7 @@ def _numbers(context: Context) -> Finding:
         "sanity", "weak" if weak else "ok",
         f"The model is off by {rmse.value:.3g} (root mean squared), against {y.std():.3g} by always answering the mean; it "
         f"explains {r2.value:.0%} of the variance"
-        + (", and something in the set-up needs a look." if weak else " and the set-up is sound."),
+        + (", and something in the set-up needs a look." + _told(rows) if weak else " and the set-up is sound."),
         tuple(metrics), Table(("check", "found", "verdict"), tuple(rows)),
         {"targets": y[shown].tolist(), "answers": answers[shown].tolist()},
         "Whether the rows stand for the data the model will meet. The error on rows that the model was trained on says "
@@ -128,19 +146,13 @@ def _model_rows(context: Context) -> list[tuple[str, str, str]]:
     batch_gap = float((first[:1] - alone).abs().max())
     size = float(first.abs().max()) or 1.0
     rows = [
-        ("same answer twice", f"largest difference {gap:.2g}", _mark(gap <= 1e-5 * size)),
+        (TWICE, f"largest difference {gap:.2g}", _mark(gap <= 1e-5 * size)),
         (
-            "same answer alone and in a batch",
+            ALONE,
             f"largest difference {batch_gap:.2g}",
             _mark(batch_gap <= 1e-3 * size),
         ),
-        (
-            "gradient reaches the input",
-            "yes"
-            if subject.has_gradient()
-            else f"no: {subject.no_gradient or 'gradient methods are left out'}",
-            "passed",
-        ),
+        _gradient(subject),
     ]
     if subject.x is not None:
         low, high = float(subject.x.min()), float(subject.x.max())
@@ -151,6 +163,71 @@ def _model_rows(context: Context) -> list[tuple[str, str, str]]:
         )
         rows.append(("input range", f"{low:.4g} to {high:.4g}, {allowed}", "passed"))
     return rows
+
+
+def _gradient(subject: Subject) -> tuple[str, str, str]:
+    alive, tried = subject.gradient_alive()
+    if subject.gradient_vanishes():
+        return (
+            GRADIENT,
+            f"zero on all {tried} rows tried: gradient methods would be blind, and are left out",
+            "look",
+        )
+    if not subject.has_gradient():
+        return GRADIENT, f"no: {subject.no_gradient or 'gradient methods are left out'}", "passed"
+    if 0 < alive < tried:
+        return GRADIENT, f"zero on {tried - alive} of {tried} rows tried", "look"
+    return GRADIENT, "yes", "passed"
+
+
+def _dependence(subject: Subject) -> tuple[str, str, str]:
+    """Check that the answers depend on the input at all."""
+    scores = torch.nan_to_num(subject.scores().double())
+    spread = float((scores - scores[:1]).abs().max())
+    if spread <= 1e-7 * max(float(scores.abs().max()), 1e-30):
+        return DEPENDS, "every row gets exactly the same scores", "look"
+    answers = subject.predictions()
+    if not subject.regression and len(answers.unique()) == 1 and int(answers[0]) >= 0:
+        return SEVERAL, f"every row is answered {subject.classes[int(answers[0])]}", "look"
+    return DEPENDS, "yes", "passed"
+
+
+def _swapped(subject: Subject) -> str:
+    """Say which reading of the outputs would be far better, where one is: a sign that labels are in another order."""
+    answers, k = subject.predictions(), len(subject.classes)
+    if k > _MOST_CLASSES or bool((answers < 0).any()):
+        return ""
+    table = torch.zeros(k, k).index_put_((answers, subject.y), torch.ones(subject.n), accumulate=True)
+    outputs, labels = linear_sum_assignment(-table.numpy())
+    now, best = int(table.diagonal().sum()), int(table[outputs, labels].sum())
+    flags = np.arange(subject.n)
+    # As many intervals as pairs of outputs and labels, of which the best pairing was picked.
+    if share_interval(flags < best, among=k * k)[0] <= share_interval(flags < now, among=k * k)[1]:
+        return ""
+    moved = [
+        (subject.classes[i], subject.classes[j])
+        for i, j in zip(outputs, labels, strict=True)
+        if i != j and table[i, j] > 0
+    ]
+    pairs = ", ".join(f"{a} as {b}" for a, b in moved[:4])
+    return f"reading {pairs} would make {best} of {subject.n} rows right instead of {now}"
+
+
+def _told(rows: list[tuple[str, str, str]]) -> str:
+    """Say in sentences what needs a look."""
+    said = {
+        DEPENDS: "It ignores its input: {}.",
+        SEVERAL: "It never changes its answer: {}.",
+        ORDER: "The labels look swapped: {}.",
+        TWICE: "It does not answer the same twice: {}; every number below has noise of its own.",
+        ALONE: "Its answer depends on the other rows of a batch: {}.",
+        GRADIENT: "Its gradient vanishes: {}.",
+        ANSWERED: "Some rows have no answer: {}.",
+        COMMONEST: "It is not clearly better than answering the same always: {}.",
+    }
+    return "".join(
+        " " + said[name].format(found) for name, found, mark in rows if mark == "look" and name in said
+    )
 
 
 def _mark(passed: bool) -> str:

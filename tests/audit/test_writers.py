@@ -1,0 +1,140 @@
+"""The files of a report: valid, escaped, and with what was measured."""
+
+import csv
+import io
+import json
+import math
+import sys
+import tomllib
+from pathlib import Path
+from xml.etree import ElementTree
+
+import pytest
+import torch
+
+import perturbkit.audit as audit
+from perturbkit.audit.finding import Finding, Metric, Table
+from perturbkit.audit.gates import judge, read_gates
+from perturbkit.audit.report import Report
+from perturbkit.audit.request import AuditRequest
+from perturbkit.audit.writers import junit, summary_md
+from perturbkit.core import checks
+
+sys.path.insert(0, str(Path(__file__).parent))
+import _subjects
+
+NASTY = 'a <b>&"x"</b> | `c` \x00\x1b[31m @you #1 \n ü'
+
+
+def nasty():
+    findings = (
+        Finding("sanity", "ok", NASTY, (Metric("accuracy", 0.5, 0.4, 0.6, 9),)),
+        Finding("attack", "failed", "Failed.", why=NASTY),
+        Finding("certify", "not run", "Not run.", why="no"),
+    )
+    gates = read_gates({"sanity.accuracy": ">= 0.45", "sanity.accuracy.no": ">= 0", "attack.x": ">= 0"})
+    return Report(
+        request=AuditRequest(), model=NASTY, data=NASTY, task="image", classes=2, rows=1, rows_given=1,
+        findings=findings, seconds=1.0, judgement=judge(findings, gates),
+    )  # fmt: skip
+
+
+def test_junit_counts_and_escapes():
+    root = ElementTree.fromstring(junit(nasty()))
+    suites = {s.get("name"): s for s in root}
+    sections, gates = suites["sections"], suites["gates"]
+    assert (sections.get("tests"), sections.get("errors"), sections.get("skipped")) == ("3", "1", "1")
+    assert (gates.get("tests"), gates.get("failures"), gates.get("errors")) == ("3", "1", "2")
+    failed = sections.find("testcase[@name='attack']/error")
+    assert "<b>" in failed.get("message")
+    assert "\x00" not in failed.get("message")
+    assert "\x1b" not in failed.get("message")
+
+
+def test_summary_shows_text_as_it_is_and_keeps_the_table():
+    lines = summary_md(nasty()).splitlines()
+    assert "<b>" not in "".join(lines)
+    assert "@you" not in "".join(lines)
+    for line in lines:
+        if line.startswith("|"):
+            assert line.replace("\\|", "").count("|") in (4, 5)
+
+
+def test_every_file_is_written_and_can_be_chosen(tmp_path):
+    x, y = _subjects.table(30)
+    report = audit.run(
+        _subjects.linear(), (x, y), n=20, only=["sanity", "attack"], out=tmp_path / "all", progress=False
+    )
+    names = {p.name for p in (tmp_path / "all").iterdir() if p.is_file()}
+    # A model that was an object cannot be named by a lock file.
+    assert names == {"report.html", "audit.json", "metrics.csv", "examples.csv", "junit.xml", "summary.md"}
+    report.save(tmp_path / "few", formats=["md", "junit"])
+    assert {p.name for p in (tmp_path / "few").iterdir()} == {"junit.xml", "summary.md"}
+    with pytest.raises(checks.ArgumentError, match="format is 'pdf'"):
+        report.save(tmp_path / "few", formats=["pdf"])
+
+
+def test_examples_name_rows_of_the_data_as_given(tmp_path):
+    x, y = _subjects.table(50)
+    net = _subjects.linear()
+    audit.run(net, (x, y), n=20, only=["sanity", "attack"], out=tmp_path, progress=False)
+    lines = list(csv.DictReader(io.StringIO((tmp_path / "examples.csv").read_text())))
+    assert len(lines) == 20
+    assert max(int(line["row"]) for line in lines) >= 20
+    for line in lines:
+        row = int(line["row"])
+        p = net(x[row : row + 1]).detach().softmax(1)[0]
+        assert line["label"] == str(int(y[row]))
+        assert line["answer"] == str(int(p.argmax()))
+        assert float(line["probability of the label"]) == pytest.approx(float(p[y[row]]), abs=1e-5)
+        assert float(line["attack radius"]) >= 0
+
+
+def test_a_table_of_examples_survives_the_file(tmp_path):
+    report = audit.run(_subjects.linear(), _subjects.table(20), only=["attack"], out=tmp_path, progress=False)
+    again = audit.load_report(tmp_path / "audit.json")
+    assert isinstance(again.examples, Table)
+    assert again.examples.columns == report.examples.columns
+    assert again.examples.rows == report.examples.rows
+
+
+def test_an_older_file_without_the_newer_parts_is_read(tmp_path):
+    report = audit.run(_subjects.linear(), _subjects.table(20), only=["sanity"], out=tmp_path, progress=False)
+    data = json.loads((tmp_path / "audit.json").read_text())
+    for key in ("comparison", "times", "examples", "marks", "source"):
+        del data[key]
+    (tmp_path / "old.json").write_text(json.dumps(data))
+    old = audit.load_report(tmp_path / "old.json")
+    assert math.isnan(old.share_inside)
+    assert old.findings[0].to_dict() == report.findings[0].to_dict()
+
+
+def test_the_share_of_time_inside_the_model():
+    class Slow(torch.nn.Module):
+        def forward(self, x):
+            __import__("time").sleep(0.01)
+            return torch.stack([-x[:, 0], x[:, 0]], 1)
+
+    slow = audit.run(Slow(), _subjects.table(20), only=["attack"], progress=False)
+    assert 0.5 < slow.share_inside <= 1
+    assert slow.times["inside"] <= slow.times["opening"] + slow.times["planning"] + slow.times["sections"]
+
+
+def test_a_lock_file_is_toml_and_holds_what_was_asked(tmp_path):
+    from dataclasses import replace
+
+    from perturbkit.audit.config import lock, read_config
+
+    source = {
+        "model": str(tmp_path / 'my "best" model.pt2'), "data": str(tmp_path / "data.csv"), "label": NASTY.replace("\x00", ""),
+        "only": ["sanity"], "eps": "8/255", "gates": {"calibration.ece": "<= 0.1", "sanity.accuracy": {"min": 0.5}},
+    }  # fmt: skip
+    report = replace(nasty(), source=source, marks={"model": "m", "data": "d"})
+    (tmp_path / "audit").mkdir()
+    path = tmp_path / "audit" / "audit.lock.toml"
+    path.write_text(lock(report, path.parent))
+    assert tomllib.loads(path.read_text())["data"] == "../data.csv"
+    again = read_config(path)
+    locked = again.pop("locked")
+    assert again == source
+    assert locked["model"] == "m"

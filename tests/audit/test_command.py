@@ -146,6 +146,12 @@ def test_predictions_only(folder):
         (("audit", "run", "mine:model", "data.csv", "--format", "pdf"), 2, "format is 'pdf'"),
         (("audit", "run", "mine:model", "data.csv", "--log", "paper"), 2, "log is 'paper'"),
         (("audit", "run", "mine:model", "data.csv", "--cluster", "here"), 2, "tcp://HOST:PORT"),
+        (
+            ("audit", "run", "mine:model", "data.csv", "--device", "here"),
+            2,
+            "device is 'here', which cannot be used",
+        ),
+        (("audit", "demo", "tabular", "--device", "here"), 2, "device is 'here', which cannot be used"),
         (("audit", "compare", "gone.json", "data.csv"), 4, "there is no gone.json"),
         (("audit", "check", "data.csv", "--gates", "good.toml"), 4, "not an audit.json"),
         (("audit", "run", "mine:model", "data.csv", "--out", "data.csv"), 2, "cannot be written"),

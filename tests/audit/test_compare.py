@@ -43,6 +43,11 @@ def report(*metrics, section="calibration", **changes):
         ("ece", (0.10, 0.08, 0.12), None, "lost"),
         ("ece", (0.10, 0.08, 0.12), (math.nan, None, None), "lost"),
         ("ece", None, (0.10, 0.08, 0.12), "gained"),
+        # Fewer sure mistakes, and a smaller loss or error, are better.
+        ("wrong.sure", (0.30, 0.25, 0.35), (0.05, 0.02, 0.10), "better"),
+        ("loss.mean", (0.9, 0.8, 1.0), (0.3, 0.2, 0.4), "better"),
+        ("error.mean", (0.3, 0.2, 0.4), (0.9, 0.8, 1.0), "worse"),
+        ("gradient.misled", (0.0, 0.0, 0.1), (0.9, 0.8, 1.0), "worse"),
         # Ends that touch are one point in common.
         ("ece", (0.10, 0.08, 0.12), (0.13, 0.12, 0.14), "same"),
     ],
@@ -53,6 +58,17 @@ def test_verdicts(name, old, new, verdict):
     assert [c.verdict for c in found.changes] == [verdict]
     assert found.exit_code == (1 if verdict in ("worse", "changed", "lost") else 0)
     assert len(found.beyond_noise) == (verdict in ("worse", "better", "changed", "lost"))
+
+
+def test_names_and_words_from_a_file_are_printed_as_they_stand(capsys):
+    from perturbkit.audit.command import _print_comparison
+
+    # Brackets with letters inside are marks of style to rich.
+    new = Metric("radius.median", math.inf, math.inf, math.inf)
+    _print_comparison(compare(report(Metric("[/x]", 0.1)), report(new, Metric("[/x]", 0.1))), every=True)
+    shown = capsys.readouterr().out
+    assert "beyond reach [beyond reach, beyond reach]" in shown
+    assert "calibration.[/x]" in shown
 
 
 def test_a_section_that_was_not_asked_for_is_no_loss():

@@ -38,3 +38,27 @@ def test_refusals(tmp_path, text, match):
         read_config(path)
     with pytest.raises(checks.ArgumentError, match="there is no"):
         read_config(tmp_path / "gone.toml")
+
+
+def test_a_name_stays_inside_its_comment(tmp_path):
+    import sys
+    import tomllib
+    from pathlib import Path
+
+    from perturbkit.audit.config import template
+    from perturbkit.audit.plan import make_plan
+    from perturbkit.audit.request import AuditRequest
+
+    sys.path.insert(0, str(Path(__file__).parent))
+    import _subjects
+
+    subject = _subjects.subject()
+    subject.name, subject.data_name = 'a\nout = "/elsewhere"', "b\r\x01\nseed = 7"
+    text = template(
+        'mine"\n.pt2', "d\\'\n.csv", {"label": 'l"\n'}, subject, make_plan(subject, AuditRequest()), tmp_path
+    )
+    found = tomllib.loads(text)
+    assert found["out"] == "audit"
+    assert found["seed"] == 0
+    assert found["label"] == 'l"\n'
+    assert found["model"].endswith('mine"\n.pt2')

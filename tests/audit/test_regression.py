@@ -94,6 +94,16 @@ def test_a_model_no_better_than_the_mean_needs_a_look():
     assert found.metric("r2").low < 0
 
 
+@pytest.mark.parametrize(("degrees", "status"), [(None, "ok"), (1.0, "weak")])
+def test_only_few_rows_that_make_the_error_need_a_look(degrees, status):
+    g = np.random.default_rng(0)
+    noise = g.laplace(size=60) if degrees is None else g.standard_t(degrees, size=60)
+    x = torch.randn(60, 4, generator=torch.Generator().manual_seed(0))
+    y = x @ WEIGHT + 10 + torch.as_tensor(noise, dtype=x.dtype)
+    finding = audit.run(Linear().eval(), (x, y), only=["weakest"], progress=False)["weakest"]
+    assert finding.status == status
+
+
 def test_attack_and_certificate_are_exact_on_a_linear_model(report):
     x, y = data()
     scale = x.std(0)

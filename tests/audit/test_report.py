@@ -2,6 +2,7 @@
 
 import functools
 import http.server
+import json
 import shutil
 import sys
 import threading
@@ -69,6 +70,18 @@ def test_damaged_audit_json(tmp_path, text):
     path = tmp_path / "audit.json"
     path.write_text(text)
     with pytest.raises(checks.DataError, match="allowed"):
+        audit.load_report(path)
+
+
+@pytest.mark.parametrize("value", [None, "0.5", [1], {"float": "much"}])
+def test_a_number_that_is_none_is_refused(tmp_path, value):
+    p, y = _subjects.calibrated()
+    report = audit.run(predictions=p, labels=y, only=["calibration"], progress=False)
+    data = report.to_dict()
+    data["findings"][0]["metrics"]["tuple"][0]["value"] = value
+    path = tmp_path / "audit.json"
+    path.write_text(json.dumps(data))
+    with pytest.raises(checks.DataError, match=r"is damaged.*allowed"):
         audit.load_report(path)
 
 

@@ -142,6 +142,67 @@ def test_a_damaged_chunk_is_measured_again(tmp_path):
     assert not (tmp_path / "partial").exists()
 
 
+def test_a_damaged_folder_is_refused_or_measured_again(tmp_path):
+    import torch
+    from safetensors.torch import save_file
+
+    from perturbkit.audit.partial import Parts
+
+    options = {"out": tmp_path, "only": ["sanity", "calibration"], "progress": False}
+    first = audit.run(_subjects.linear(), _subjects.table(), **options)
+    for text in ("{", "[]", '{"type": "Metric"}', '{"type": "Finding", "metrics": 5}'):
+        (tmp_path / "findings" / "calibration.json").write_text(text)
+        again = audit.run(_subjects.linear(), _subjects.table(), resume=True, **options)
+        assert again["calibration"].metrics == first["calibration"].metrics
+    state = tmp_path / "findings" / "state.json"
+    for text in ("[]", '{"marks": [], "rows": 3}', '{"marks": 5, "rows": 3}', '{"marks": {}, "rows": "x"}'):
+        state.write_text(text)
+        with pytest.raises(checks.ArgumentError, match="allowed"):
+            audit.run(_subjects.linear(), _subjects.table(), resume=True, **options)
+    # Without it, nothing says whose the chunks are.
+    state.unlink()
+    parts, rows = Parts(tmp_path / "findings" / "partial"), torch.arange(3)
+    parts.write("calibration 0", rows, {"x": torch.ones(3)}, (1, 2, 3))
+    from perturbkit.audit.kept import Kept
+
+    Kept(tmp_path).check({})
+    assert not parts.folder.exists()
+    parts.folder.mkdir()
+    save_file({"rows of this chunk": rows}, parts.folder / "a.safetensors")
+    assert parts.read("a", rows) is None
+
+
+@pytest.mark.skipif(os.name == "nt", reason="makes a link")
+@pytest.mark.parametrize("link", ["findings", "findings/partial"])
+def test_nothing_is_removed_through_a_link(tmp_path, link):
+    (tmp_path / "mine").mkdir()
+    precious = tmp_path / "mine" / "notes.json"
+    precious.write_text("{}")
+    place = tmp_path / "out" / link
+    place.parent.mkdir(parents=True)
+    place.symlink_to(tmp_path / "mine", target_is_directory=True)
+    with pytest.raises(checks.ArgumentError, match="is a link to another folder"):
+        audit.run(
+            _subjects.linear(), _subjects.table(), out=tmp_path / "out", only=["sanity"], progress=False
+        )
+    assert precious.exists()
+
+
+def test_another_file_of_the_same_name_is_another_model(tmp_path, monkeypatch):
+    skops = pytest.importorskip("skops.io")
+    from sklearn.linear_model import LogisticRegression
+
+    monkeypatch.chdir(tmp_path)
+    x, y = (v.numpy() for v in _subjects.table())
+    options = {"out": tmp_path / "out", "only": ["calibration"], "progress": False}
+    skops.dump(LogisticRegression().fit(x, y), "m.skops")
+    audit.run("m.skops", (x, y), **options)
+    audit.run("m.skops", (x, y), resume=True, **options)
+    skops.dump(LogisticRegression(C=0.01).fit(x, y), "m.skops")
+    with pytest.raises(checks.ArgumentError, match="another model"):
+        audit.run("m.skops", (x, y), resume=True, **options)
+
+
 def test_a_failed_section_is_tried_again(tmp_path, monkeypatch):
     import perturbkit.audit.sections.calibration as calibration
 

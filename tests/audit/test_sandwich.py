@@ -57,6 +57,17 @@ def test_rounding_is_no_alarm():
     assert "no certificate exceeds an attack" in finding.headline
 
 
+def test_the_headline_claims_a_median_and_no_more():
+    inf = float("inf")
+    finding = sandwich.run(pair([0.1, 0.2, 0.3], [inf, 0.4, 0.3]))
+    assert (
+        "the median true radius of 3 rows is 0.2 or more (proved) and 0.4 or less (attacked)"
+        in finding.headline
+    )
+    finding = sandwich.run(pair([0.1, 0.2, 0.3, 0.4], [0.3, 0.4, inf, inf]))
+    assert "without an end above: attacks succeeded on at most half of them" in finding.headline
+
+
 def test_only_rows_of_both_sections_are_compared():
     context = pair([0.1, 0.2, 0.3], [0.4, 0.5, 0.6])
     attack = context.findings["attack"]

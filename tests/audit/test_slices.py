@@ -72,6 +72,21 @@ def test_a_range_of_a_column_is_found():
     assert report.figure("slices").axes
 
 
+def test_a_column_called_like_a_group_is_none():
+    """Rows near the edge bear less, and a column that tells of it is no group by its name."""
+    g = np.random.default_rng(0)
+    score = g.normal(size=160)
+    x = pd.DataFrame({"score": score, "group distance": np.abs(score)})
+    right = nn.Linear(2, 2, bias=False, dtype=torch.float64)
+    with torch.no_grad():
+        right.weight.copy_(torch.tensor([[-1.0, 0.0], [1.0, 0.0]]))
+    only = ["attack", "slices"]
+    finding = audit.run(right.eval(), (x, (score > 0).astype(int)), only=only, progress=False)["slices"]
+    assert any(row[0].startswith("group distance below") and row[-1] == "worse" for row in finding.table.rows)
+    assert finding.headline.startswith("The model is as right everywhere as chance explains")
+    assert finding.status == "ok"
+
+
 def test_groups_are_slices(tmp_path):
     x, y = faulty_data()
     where = np.where(x[:, 2].numpy() > 0.9, "night", "day")

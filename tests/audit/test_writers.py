@@ -51,6 +51,17 @@ def test_junit_counts_and_escapes():
     assert "\x1b" not in failed.get("message")
 
 
+def test_a_name_that_is_no_text_is_written_with_a_mark_in_its_place(tmp_path):
+    # What Python makes of a file name of other bytes than UTF-8.
+    name = "bad\udcff.csv"
+    changed = {"data": name, "source": {"data": name}, "findings": nasty().findings[1:]}
+    report = Report(**{**nasty().__dict__, **changed})
+    for path in report.write(tmp_path):
+        path.read_text(encoding="utf-8")
+    assert "bad?.csv" in (tmp_path / "report.html").read_text()
+    assert tomllib.loads((tmp_path / "audit.lock.toml").read_text())["data"].endswith("bad?.csv")
+
+
 def test_summary_shows_text_as_it_is_and_keeps_the_table():
     lines = summary_md(nasty()).splitlines()
     assert "<b>" not in "".join(lines)

@@ -457,7 +457,7 @@ def _print_comparison(found: AuditComparison, every: bool, err: bool = False) ->
             old, new = ("not measured" if m is None else m.text for m in (c.old, c.new))
             shown = "" if c.old is None or c.new is None else f"{c.difference:+.3g}"
             colour = colours.get(c.verdict, "dim")
-            table.add_row(c.key, old, new, shown, f"[{colour}]{c.verdict}[/]")
+            table.add_row(_escaped(c.key), _escaped(old), _escaped(new), shown, f"[{colour}]{c.verdict}[/]")
         console.print(table)
     console.print(
         f"{len(found.beyond_noise)} of {len(found.changes)} numbers changed beyond noise, {len(found.worse)} for the worse"

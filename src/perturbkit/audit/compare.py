@@ -35,6 +35,11 @@ _LOWER = {
     "movement",
     "ace",
     "log_loss",
+    "wrong",
+    "loss",
+    "error",
+    "misled",
+    "alarm",
 }
 
 

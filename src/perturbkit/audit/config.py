@@ -87,7 +87,7 @@ def template(
     what = f"{len(subject.classes)} classes" if subject.classes else "a regression"
     lines = [
         "# What `perturbkit audit run` does in this folder; flags of the command line come before what stands here.",
-        f"# {subject.name}: {what}. {subject.data_name}: {subject.n:,} rows.",
+        f"# {_line(subject.name)}: {what}. {_line(subject.data_name)}: {subject.n:,} rows.",
         f"# As it stands: about {plan.evaluations:,} evaluations, {took} on the machine that wrote this.",
         "# Paths are relative to this file; module:function is imported from the working folder.", "",
         f"model = {_toml(model)}",
@@ -165,6 +165,11 @@ def differences(locked: dict[str, Any], report: Report) -> list[str]:
                 else f"{key} is {now[key]}, locked {value}"
             )
     return found
+
+
+def _line(text: str) -> str:
+    """Write text so that it stays inside a comment."""
+    return "".join(c if c.isprintable() else " " for c in text)
 
 
 def _is_path(model: str) -> bool:

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from perturbkit.audit.opening._opened import usable_device
 from perturbkit.audit.subject import Subject, TextModel
 from perturbkit.core import Oracle, checks
 
@@ -33,9 +34,10 @@ def demo_subject(
     Raises
     ------
     ArgumentError
-        If the kind is unknown.
+        If the kind is unknown, or the device is not here.
     """
     checks.one_of("demo", kind, ("image", "tabular", "text"))
+    usable_device(device)
     return {"image": _image, "tabular": _tabular, "text": _text}[kind](memory, device)
 
 

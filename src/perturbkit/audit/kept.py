@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from perturbkit._version import __version__
 from perturbkit.audit.finding import Finding
+from perturbkit.audit.partial import Parts
 from perturbkit.audit.request import AuditRequest
 from perturbkit.audit.subject import Subject
 from perturbkit.core import checks
@@ -30,6 +31,13 @@ def prepare_folder(out: Path | None, *, keep_findings: bool = False) -> None:
     if out is None:
         return
     folder = out / "findings"
+    # Files in it are removed: those of another folder must not be.
+    for link in (folder, folder / "partial"):
+        if link.is_symlink():
+            raise checks.ArgumentError(
+                f"out is {out}, where {link} is a link to another folder; allowed: a folder of its own. Remove the link, or "
+                "choose another."
+            )
     try:
         folder.mkdir(parents=True, exist_ok=True)
         old = [out / name for name in FILES]
@@ -44,10 +52,10 @@ def prepare_folder(out: Path | None, *, keep_findings: bool = False) -> None:
 
 
 def fingerprint(subject: Subject, request: AuditRequest) -> dict[str, str]:
-    """Return what findings depend on, as hashes: the request, the model (its name, and its weights if it has), the data."""
+    """Return what findings depend on, as hashes: the request, the model (its name, and its weights or file), the data."""
     asked = {k: v for k, v in asdict(request).items() if k not in _NOT_ASKED}
     module = None if subject.oracle is None else subject.oracle.fun
-    weights = list(module.state_dict().values()) if isinstance(module, nn.Module) else []
+    weights = list(module.state_dict().values()) if isinstance(module, nn.Module) else [subject.mark]
     data = [
         subject.y,
         subject.x,
@@ -82,8 +90,10 @@ class Kept:
         assert self._folder is not None
         try:
             state = json.loads((self._folder / "state.json").read_text(encoding="utf-8"))
-            old, rows = state["marks"], int(state["rows"])
+            old, rows = dict(state["marks"]), int(state["rows"])
         except FileNotFoundError:
+            # Nothing says whose the chunks here are.
+            Parts(self._folder / "partial").clear()
             return
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise checks.ArgumentError(
@@ -113,7 +123,10 @@ class Kept:
         found = {}
         for path in self._folder.glob("*.json"):
             if path.stem != "state":
-                finding = Finding.from_dict(json.loads(path.read_text(encoding="utf-8")))
+                try:
+                    finding = Finding.from_dict(json.loads(path.read_text(encoding="utf-8")))
+                except (ValueError, TypeError, AttributeError, KeyError, checks.PerturbkitError):
+                    continue  # a damaged one is made again
                 if finding.status != "failed" and not finding.cut:
                     found[finding.section] = finding
         return found

@@ -82,7 +82,7 @@ class Parts:
             values |= json.loads(metadata["lists"])
             nfev, ngrad, njvp = json.loads(metadata["cost"])
             return {key: values[key] for key in json.loads(metadata["order"])}, (nfev, ngrad, njvp)
-        except (SafetensorError, KeyError, ValueError, OSError):
+        except (SafetensorError, KeyError, ValueError, TypeError, OSError):
             return None
 
     def clear(self) -> None:

@@ -219,15 +219,19 @@ def load_report(path: str | Path) -> Report:
         request["out"] = None if request["out"] is None else Path(request["out"])
         for name in ("sections", "bounds"):
             request[name] = None if request[name] is None else tuple(request[name])
+        findings = tuple(Finding.from_dict(f) for f in data["findings"])
+        for name, *values in ((m.name, m.value, m.low, m.high) for f in findings for m in f.metrics):
+            if not all(isinstance(v, int | float) or (v is None and i) for i, v in enumerate(values)):
+                raise TypeError(f"{name} is no number")
         return Report(
-            request=AuditRequest(**request), findings=tuple(Finding.from_dict(f) for f in data["findings"]),
+            request=AuditRequest(**request), findings=findings,
             judgement=_part(Judgement, data["judgement"]), comparison=_part(AuditComparison, data.get("comparison")),
             examples=_part(Table, data.get("examples")),
             times=data.get("times") or {}, marks=data.get("marks") or {}, source=data.get("source") or {},
             **{k: data[k] for k in
                ("model", "data", "task", "classes", "rows", "rows_given", "seconds", "interrupted")},
         )  # fmt: skip
-    except (KeyError, TypeError, AttributeError) as error:
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise checks.DataError(
             f"{path} is damaged ({error}); allowed: an audit.json as written. Run it again."
         ) from error

@@ -87,6 +87,8 @@ class Subject:
         Floating-point operations of a row, where PyTorch cannot count them.
     held : Tensor of bool
         Columns that hold categories, which only whole steps can change; empty where there are none.
+    mark : str
+        Hash of the file that the model came from; empty where it came from none.
     numbers : Tensor of int64, shape (n,)
         Where the rows stand in the data as given, from 0.
     """
@@ -110,6 +112,7 @@ class Subject:
     no_gradient: str = ""
     operations: float | None = None
     held: Tensor = field(default_factory=lambda: torch.zeros(0, dtype=torch.bool))
+    mark: str = ""
     _scores: Tensor | None = None
     numbers: Tensor = field(default_factory=lambda: torch.zeros(0, dtype=torch.long))
     _gradient: bool | None = None

@@ -70,7 +70,8 @@ def save_report(report: Report, folder: Path, formats: Sequence[str] | None = No
 
     def write(name: str, text: str) -> None:
         part = folder / f"{name}.part"
-        part.write_text(text, encoding="utf-8")
+        # The name of a file may hold bytes that are no text.
+        part.write_text(text, encoding="utf-8", errors="replace")
         part.replace(folder / name)
         written.append(folder / name)
 
@@ -218,7 +219,7 @@ def render_html(report: Report) -> str:
         "nfev": sum(f.cost.nfev for f in report.findings), "ngrad": sum(f.cost.ngrad for f in report.findings),
     }  # fmt: skip
     page = template.render(**values)
-    if len(page.encode()) > LIMIT:
+    if _bytes(page) > LIMIT:
         # Figures are nearly all of the size; the largest go first, and the page says so.
         for section in sorted(sections, key=lambda s: -len(s["figure"] or "")):
             section["figure"], section["figure_note"] = (
@@ -226,9 +227,13 @@ def render_html(report: Report) -> str:
                 "The figure was left out to keep the page below 5 MB.",
             )
             page = template.render(**values)
-            if len(page.encode()) <= LIMIT:
+            if _bytes(page) <= LIMIT:
                 break
     return page
+
+
+def _bytes(page: str) -> int:
+    return len(page.encode(errors="replace"))
 
 
 def save_comparison(found: AuditComparison, path: Path) -> None:
@@ -247,7 +252,7 @@ def save_comparison(found: AuditComparison, path: Path) -> None:
         text = _environment().get_template("comparison.html.j2").render(found=found, version=__version__)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(text, encoding="utf-8")
+        path.write_text(text, encoding="utf-8", errors="replace")
     except OSError as error:
         raise checks.ArgumentError(
             f"out is {path}, which cannot be written ({error.strerror}); allowed: a file of yours. Choose another."

@@ -194,6 +194,13 @@ def test_broken_folders(copy, tmp_path, text_folder):
     refused(text_folder, "reads texts, but arrays holds a table", _subjects.table(6))
     for name in ("tokenizer.json", "tokenizer_config.json"):
         (copy / name).unlink()
+    config = json.loads((copy / "config.json").read_text())
+    for change, match in (
+        ({"architectures": 5}, "holds a 5"),
+        ({"auto_map": "evil.Evil"}, "code of its own .evil.Evil"),
+    ):
+        (copy / "config.json").write_text(json.dumps({**config, **change}))
+        refused(copy, match)
     (copy / "config.json").write_text("[]")
     refused(copy, "holds a list")
     (copy / "config.json").write_text("{")

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from perturbkit.audit.subject import TextModel
+from perturbkit.core import checks
 
 PICKLES = {".pkl", ".pickle", ".pt", ".pth", ".ckpt", ".bin", ".joblib", ".npy.pkl"}
 
@@ -102,6 +103,25 @@ class OpenedData:
     categories: dict[int, Any] = field(default_factory=dict)
     from_file: bool = False
     remarks: list[str] = field(default_factory=list)
+
+
+def usable_device(device: str | None) -> None:
+    """Refuse a device that is unknown or not here.
+
+    Raises
+    ------
+    ArgumentError
+        If PyTorch cannot put a tensor there.
+    """
+    if device is None:
+        return
+    try:
+        torch.empty(1, device=torch.device(device))
+    except (RuntimeError, AssertionError, NotImplementedError, TypeError) as error:
+        raise checks.ArgumentError(
+            f"device is {device!r}, which cannot be used ({first_line(error)}); allowed: a device of this machine, such as "
+            "cpu or cuda. Name another with --device, or leave it out."
+        ) from None
 
 
 def first_line(error: BaseException) -> str:

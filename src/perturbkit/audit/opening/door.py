@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +10,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from perturbkit.audit.opening import _labels, tables
-from perturbkit.audit.opening._opened import OpenedData, OpenedModel, first_line
+from perturbkit.audit.opening._opened import OpenedData, OpenedModel, first_line, usable_device
 from perturbkit.audit.opening.data import existing, open_data
 from perturbkit.audit.opening.models import open_model
 from perturbkit.audit.opening.predictions import open_predictions
@@ -68,6 +69,7 @@ def open_subject(
         )
     if isinstance(data, str | Path):
         existing(Path(data))
+    usable_device(device)
     opened = open_model(model, device)
     given = open_data(data, label=label, group=group, task=task, model=opened)
     if given.frame is not None:
@@ -80,7 +82,16 @@ def open_subject(
         two = two[:, None]
     subject = _subject(opened, given, oracle, two, bounds)
     _check_bounds(subject)
+    subject.mark = _mark(model)
     return subject
+
+
+def _mark(model: Any) -> str:
+    """Return a hash of the file of a model."""
+    if not isinstance(model, str | Path) or not Path(model).is_file():
+        return ""
+    with open(model, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _fit(model: OpenedModel, data: OpenedData) -> None:

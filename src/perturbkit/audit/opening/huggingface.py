@@ -246,12 +246,14 @@ def _config(path: Path) -> dict[str, Any]:
 
 
 def _kind(path: Path, config: dict[str, Any]) -> str:
-    if config.get("auto_map"):
+    if own := config.get("auto_map"):
+        named = list(own.values()) if isinstance(own, dict) else [own]
         raise checks.ModelError(
-            f"{path} needs code of its own ({', '.join(map(str, list(config['auto_map'].values())[:2]))}), which is never "
+            f"{path} needs code of its own ({', '.join(map(str, named[:2]))}), which is never "
             "run; allowed: architectures of transformers. Load it yourself and pass a function, as module:function."
         )
-    architectures = [str(a) for a in config.get("architectures") or ()]
+    stated = config.get("architectures") or ()
+    architectures = [str(a) for a in (stated if isinstance(stated, list | tuple) else [stated])]
     if any(a.endswith(_TEXT) for a in architectures):
         return "text"
     if any(a.endswith(_IMAGE) for a in architectures):

@@ -143,11 +143,11 @@ def _finding(
         )
     else:
         told = (
-            f"Of {function}, the true radius of half of the {len(rows)} rows lies at or above {np.median(proved):.3g} (proved)"
+            f"Of {function}, the median true radius of {len(rows)} rows is {np.median(proved):.3g} or more (proved)"
             + (
-                ", and no attack succeeded on them"
+                ", without an end above: attacks succeeded on at most half of them"
                 if math.isinf(np.median(found))
-                else f" and at or below {np.median(found):.3g} (attacked)"
+                else f" and {np.median(found):.3g} or less (attacked)"
             )
             + "; no certificate exceeds an attack."
         )

@@ -86,7 +86,8 @@ def run(context: Context) -> Finding:
     grave = [
         i
         for i in worse
-        if not compared[i].quantity.endswith("radius") or compared[i].slice.split()[0] in ("group", "label")
+        if not compared[i].quantity.endswith("radius")
+        or compared[i].slice.startswith(("group is ", "label is "))
     ]
     if worse:
         c = compared[(grave or worse)[0]]

@@ -19,6 +19,7 @@ from .curvature import stochastic_lanczos_quadrature as stochastic_lanczos_quadr
 from .curvature import vector_jacobian as vector_jacobian
 from .networks import Preconditioned as Preconditioned
 from .networks import SmallUNet as SmallUNet
+from .networks import TimeFeatures as TimeFeatures
 from .networks import TimeMLP as TimeMLP
 from .networks import edm_scalings as edm_scalings
 from .noise import CosineSchedule as CosineSchedule

@@ -16,13 +16,26 @@ from perturbkit.core import checks
 from perturbkit.core.noise import Denoiser, Schedule
 from perturbkit.core.random import randn, uniform
 
-__all__ = ["Preconditioned", "SmallUNet", "TimeMLP", "edm_scalings"]
+__all__ = ["Preconditioned", "SmallUNet", "TimeFeatures", "TimeMLP", "edm_scalings"]
 
 _TRACE = 1e-6
 
 
-class _TimeFeatures(nn.Module):
-    """Sines and cosines of a time at rates from ``slow`` to ``fast``, shape (n, size)."""
+class TimeFeatures(nn.Module):
+    """Sines and cosines of a time, by which a network tells times apart.
+
+    Parameters
+    ----------
+    size : int
+        Numbers a time, even.
+    slow, fast : float
+        Least and greatest rate in radians a unit of time, positive; the others are even on a log scale.
+
+    Examples
+    --------
+    >>> TimeFeatures(8)(torch.rand(3)).shape
+    torch.Size([3, 8])
+    """
 
     rates: Tensor
 
@@ -87,7 +100,7 @@ class TimeMLP(nn.Module):
         checks.integer("depth", depth, low=1)
         self.condition_dim = checks.integer("condition_dim", condition_dim, low=0)
         width = dim if out_dim is None else checks.integer("out_dim", out_dim, low=1)
-        self.features = _TimeFeatures(16)
+        self.features = TimeFeatures(16)
         sizes = [dim + 16 + condition_dim, *[hidden] * depth]
         layers: list[nn.Module] = []
         for i in range(depth):
@@ -160,7 +173,7 @@ class SmallUNet(nn.Module):
                 f"width is {width}; allowed: a multiple of 8. Take {8 * round(width / 8)}."
             )
         time_width = 4 * width
-        self.time = nn.Sequential(_TimeFeatures(32), nn.Linear(32, time_width), nn.SiLU())
+        self.time = nn.Sequential(TimeFeatures(32), nn.Linear(32, time_width), nn.SiLU())
         sizes = [width * 2**k for k in range(levels + 1)]
         self.first = nn.Conv2d(channels + condition_channels, width, 3, padding=1)
         self.down = nn.ModuleList(_Block(s, s, time_width) for s in sizes[:-1])

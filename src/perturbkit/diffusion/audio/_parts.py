@@ -7,9 +7,21 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from perturbkit.core import checks
 from perturbkit.core.random import randn
 
-__all__ = ["langevin_step", "like_noise", "window"]
+__all__ = ["check_grid", "langevin_step", "like_noise", "window"]
+
+
+def check_grid(times: Tensor, last: float, owner: str) -> None:
+    """Check the times of a reverse equation: down from at most ``last``, and not to zero, where the score is infinite."""
+    checks.tensor("times", times, ndim=1)
+    falls = len(times) >= 2 and bool((times.diff() < 0).all())
+    if not falls or float(times[-1]) <= 0 or float(times[0]) > last * (1 + 1e-9):
+        raise checks.ArgumentError(
+            f"times has {len(times)} values from {float(times[0]):g} to {float(times[-1]):g}; allowed: at least two, strictly "
+            f"decreasing, above zero and at most {last:g}. Use {owner}.times(n_steps)."
+        )
 
 
 def langevin_step(

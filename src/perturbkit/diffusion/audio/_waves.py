@@ -7,7 +7,7 @@ import math
 import torch
 from torch import Tensor, nn
 
-from perturbkit.core import checks
+from perturbkit.core import TimeFeatures, checks
 from perturbkit.diffusion.audio._parts import window
 
 __all__ = ["WaveScoreNet", "mel_spectrogram"]
@@ -46,14 +46,12 @@ class WaveScoreNet(nn.Module):
     torch.Size([3, 64])
     """
 
-    rates: Tensor
-
     def __init__(self, mel_bands: int, channels: int = 32, layers: int = 8) -> None:
         super().__init__()
         for name, value in (("mel_bands", mel_bands), ("channels", channels), ("layers", layers)):
             checks.integer(name, value, low=1)
         self.mel_bands = mel_bands
-        self.register_buffer("rates", torch.logspace(-1, 2, 16))
+        self.features = TimeFeatures(32, slow=0.1, fast=100.0)
         self.time = nn.Sequential(
             nn.Linear(32, channels), nn.SiLU(), nn.Linear(channels, channels), nn.SiLU()
         )
@@ -79,8 +77,7 @@ class WaveScoreNet(nn.Module):
                 f"x, t and mel are {shapes[0]}, {shapes[1]} and {shapes[2]}; allowed: waves (n, length), times (n,) and spectra "
                 f"(n, {self.mel_bands}, frames). Reshape them to match."
             )
-        angles = t[:, None] * self.rates
-        time = self.time(torch.cat([angles.sin(), angles.cos()], 1))
+        time = self.time(self.features(t))
         stretched = nn.functional.interpolate(mel, size=x.shape[1], mode="linear", align_corners=False)
         h = nn.functional.relu(self.first(x[:, None]))
         total = torch.zeros_like(h)

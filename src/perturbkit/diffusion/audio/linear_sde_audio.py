@@ -17,7 +17,7 @@ from torch import Tensor
 
 from perturbkit.core import Cost, SampleResult, Schedule, checks
 from perturbkit.core.random import Seed, as_generator, randn, uniform
-from perturbkit.diffusion.audio._parts import langevin_step
+from perturbkit.diffusion.audio._parts import check_grid, langevin_step
 from perturbkit.diffusion.audio._waves import WaveScoreNet, mel_spectrogram
 
 __all__ = ["LinearSDE", "WaveScoreNet", "mel_spectrogram"]
@@ -263,7 +263,7 @@ class LinearSDE(Schedule):
         Cost: ``1 + corrector_steps`` calls of the score a step.
         """
         checks.tensor("x", x)
-        _check_times(times, self.t_max)
+        check_grid(times, self.t_max, "sde")
         checks.integer("corrector_steps", corrector_steps, low=0)
         checks.positive("snr", snr)
         g = as_generator(generator)
@@ -317,17 +317,3 @@ def _line(low: float, high: float) -> TimeFunction:
     checks.positive("beta_min", low)
     checks.between("beta_max", high, low, math.inf, inclusive="neither")
     return lambda t: low + t * (high - low)
-
-
-def _check_times(times: Tensor, last: float) -> None:
-    checks.tensor("times", times, ndim=1)
-    if (
-        len(times) < 2
-        or not bool((times.diff() < 0).all())
-        or float(times[-1]) <= 0
-        or float(times[0]) > last * (1 + 1e-9)
-    ):
-        raise checks.ArgumentError(
-            f"times has {len(times)} values from {float(times[0]):g} to {float(times[-1]):g}; allowed: at least two, strictly "
-            f"decreasing, above zero and at most {last:g}. Use sde.times(n_steps)."
-        )

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from perturbkit.core import Cost, SampleResult, checks
 from perturbkit.core.random import Seed, as_generator, uniform
-from perturbkit.diffusion.audio._parts import langevin_step, like_noise, window
+from perturbkit.diffusion.audio._parts import check_grid, langevin_step, like_noise, window
 
 __all__ = ["MeanRevertingDiffusion", "complex_stft", "complex_stft_inverse"]
 
@@ -189,17 +189,7 @@ class MeanRevertingDiffusion:
         Cost: ``1 + corrector_steps`` calls of the score a step.
         """
         _check_signal("y", y)
-        checks.tensor("times", times, ndim=1)
-        if (
-            len(times) < 2
-            or not bool((times.diff() < 0).all())
-            or float(times[-1]) <= 0
-            or float(times[0]) > 1 + 1e-9
-        ):
-            raise checks.ArgumentError(
-                f"times has {len(times)} values from {float(times[0]):g} to {float(times[-1]):g}; allowed: at least two, strictly "
-                "decreasing, above zero and at most 1. Use diffusion.times(n_steps)."
-            )
+        check_grid(times, 1.0, "diffusion")
         checks.integer("corrector_steps", corrector_steps, low=0)
         checks.positive("snr", snr)
         g = as_generator(generator)

@@ -13,7 +13,16 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from perturbkit.core import Cost, Denoiser, SampleResult, Schedule, checks, edm_scalings, keeping_modes
+from perturbkit.core import (
+    Cost,
+    Denoiser,
+    SampleResult,
+    Schedule,
+    TimeFeatures,
+    checks,
+    edm_scalings,
+    keeping_modes,
+)
 from perturbkit.core.random import Seed, as_generator, randint, randn
 from perturbkit.core.sampling import Path, check_start, weighted
 
@@ -315,18 +324,15 @@ def sample_fixed_point(
 class _Block(nn.Module):
     """A residual block of two layers that knows the time."""
 
-    rates: Tensor
-
     def __init__(self, hidden: int) -> None:
         super().__init__()
-        self.register_buffer("rates", 2.0 ** torch.arange(_TIME_FEATURES // 2) * torch.pi / 16)
+        self.features = TimeFeatures(_TIME_FEATURES)
         self.norm = nn.LayerNorm(hidden)
         self.time = nn.Linear(_TIME_FEATURES, hidden)
         self.one, self.two = nn.Linear(hidden, hidden), nn.Linear(hidden, hidden)
 
     def forward(self, h: Tensor, level: Tensor) -> Tensor:
-        angles = level[:, None] * self.rates
-        time = self.time(torch.cat([angles.sin(), angles.cos()], 1))
+        time = self.time(self.features(level))
         return h + self.two(nn.functional.silu(self.one(self.norm(h)) + time))
 
 

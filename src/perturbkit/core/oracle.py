@@ -30,6 +30,13 @@ _log = logging.getLogger("perturbkit")
 # grows with every row. A backward pass has more to share among the rows of a chunk. Above 32 MiB glibc maps each block
 # afresh, so that it pays for its page faults every time.
 _CPU_BLOCK = {"forward": 8 * 2**20, "backward": 12 * 2**20}
+_MMAP_BLOCK = 32 * 2**20
+# A kernel of few rows leaves part of a core's width, and a second core, idle: large rows go by fours where the blocks allow.
+_CPU_ROWS = 4
+# What one row of a module keeps alive, by the kind of query and the rows; the next oracle of the module need not run it again.
+_measured: weakref.WeakKeyDictionary[nn.Module, dict[tuple[Any, ...], tuple[int, int]]] = (
+    weakref.WeakKeyDictionary()
+)
 _UNITS = {"": 1, "b": 1, "kb": 10**3, "mb": 10**6, "gb": 10**9, "kib": 2**10, "mib": 2**20, "gib": 2**30}
 
 
@@ -60,7 +67,7 @@ class Oracle:
     Notes
     -----
     The chunk size is measured, not guessed: the first batch of a new row shape is preceded by one unrecorded row
-    under a dispatch mode that adds up living activations. If memory runs out all the same, the chunk is halved,
+    under a dispatch mode that adds up living activations, once for a module however many oracles it is given. If memory runs out all the same, the chunk is halved,
     the rows are run again and the halving is logged; a retry is not counted, since no row was answered.
 
     Results do not depend on the chunk size, beyond the rounding of the model's own kernels. Inside a
@@ -92,7 +99,7 @@ class Oracle:
         self.chunk_size = None if chunk_size is None else checks.integer("chunk_size", chunk_size, low=1)
         self.device = None if device is None else torch.device(device)
         self.nfev = self.ngrad = self.njvp = 0
-        self._row_bytes: dict[tuple[Any, ...], tuple[int, int]] = {}
+        self._known: dict[tuple[Any, ...], tuple[int, int]] = {}
         self._row_seconds: dict[str, float] = {}
         self._ceiling: int | None = None
 
@@ -225,11 +232,7 @@ class Oracle:
 
     def row_memory(self, like: Tensor, *, gradient: bool = False) -> int:
         """Return the bytes that one row like those of ``like`` keeps alive at the peak, measured once on one row."""
-        kind = "backward" if gradient else "forward"
-        key = (kind, (like.shape[1:], like.dtype, like.device))
-        if key not in self._row_bytes:
-            self._row_bytes[key] = self._measure((like,), kind)
-        return self._row_bytes[key][0]
+        return self._row_bytes((like,), "backward" if gradient else "forward")[0]
 
     @contextmanager
     def frozen(self) -> Iterator[None]:
@@ -301,17 +304,26 @@ class Oracle:
         if self.chunk_size is not None:
             size = self.chunk_size
         else:
-            key = (kind, *((r.shape[1:], r.dtype, r.device) for r in rows))
-            if key not in self._row_bytes:
-                self._row_bytes[key] = self._measure(rows, kind)
-            living, largest = self._row_bytes[key]
-            size = self.memory // max(living, 1)
+            living, largest = (max(b, 1) for b in self._row_bytes(rows, kind))
+            size = self.memory // living
             device = self.device or rows[0].device
             if device.type == "cpu":
-                size = min(size, _CPU_BLOCK[kind] // max(largest, 1))
+                size = min(size, max(_CPU_BLOCK[kind] // largest, min(_CPU_ROWS, _MMAP_BLOCK // largest)))
         if self._ceiling is not None:
             size = min(size, self._ceiling)
         return max(1, int(size))
+
+    def _row_bytes(self, rows: Sequence[Tensor], kind: str) -> tuple[int, int]:
+        """Return what :meth:`_measure` found for rows like these, measured once for a module in its present form."""
+        known = self._known
+        form: tuple[Any, ...] = ()
+        if isinstance(self.fun, nn.Module):
+            known = _measured.setdefault(self.fun, {})
+            form = tuple((p.shape, p.dtype, p.device) for p in self.fun.parameters())
+        key = (kind, self.device, form, *((r.shape[1:], r.dtype, r.device) for r in rows))
+        if key not in known:
+            known[key] = self._measure(rows, kind)
+        return known[key]
 
     def _measure(self, rows: Sequence[Tensor], kind: str) -> tuple[int, int]:
         """Return the bytes that one row keeps alive at the peak, and its largest activation."""

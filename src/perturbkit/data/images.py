@@ -131,7 +131,8 @@ def image_model() -> ReferenceModel:
     network.load_state_dict(torch.load(path, map_location="cpu", weights_only=True), assign=True)
     return ReferenceModel(
         name="EfficientNet-lite0",
-        module=_Scaled(network).eval(),
+        # Depthwise convolutions on a CPU take three quarters of the time in this layout.
+        module=_Scaled(network).eval().to(memory_format=torch.channels_last),  # type: ignore[call-overload]
         class_names=_imagenet_names(),
         input_range=(0.0, 1.0),
         preprocess="maps x in [0, 1] to (255 x - 127) / 128; expects RGB squares of 224 pixels",

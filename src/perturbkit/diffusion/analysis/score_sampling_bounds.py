@@ -18,7 +18,7 @@ from torch import Tensor
 
 from perturbkit.core import Cost, Denoiser, Result, SampleResult, Schedule, checks
 from perturbkit.core.random import Seed, as_generator, randn
-from perturbkit.core.sampling import Path, check_noise_left, check_start, check_times
+from perturbkit.core.sampling import Path, check_noise_left, check_start, check_times, weighted
 
 __all__ = ["KLBound", "PathKL", "decreasing_times", "path_kl", "sample_reverse_sde", "sampling_kl_bound"]
 
@@ -336,9 +336,12 @@ def sample_reverse_sde(
     for i, (s, t) in enumerate(pairwise(path.points)):
         h = 0.5 * (math.log1p(s.lam**2) - math.log1p(t.lam**2))
         unit, unit_next = (p.alpha * math.sqrt(1 + p.lam**2) for p in (s, t))
-        score = denoiser.score(x, s.time)
-        moved = (math.exp(h) / unit) * x + (2 * math.expm1(h) * unit) * score
-        x = unit_next * (moved + math.sqrt(math.expm1(2 * h)) * randn(x.shape, generator=g, like=x))
+        eps = denoiser.eps(x, s.time)  # the score is -eps / sigma
+        x = weighted(
+            (unit_next * math.exp(h) / unit, x),
+            (-2 * unit_next * unit * math.expm1(h) / s.sigma, eps),
+            (unit_next * math.sqrt(math.expm1(2 * h)), randn(x.shape, generator=g, like=x)),
+        )
         if callback is not None:
             callback(i, x)
     return path.result(x, denoiser.nfev - calls)

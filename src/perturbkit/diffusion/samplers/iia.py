@@ -16,11 +16,13 @@ from torch import Tensor
 
 from perturbkit.core import Denoiser, SampleResult, checks
 from perturbkit.core.random import Seed
-from perturbkit.core.sampling import Path, Point, check_start, transfer
+from perturbkit.core.sampling import Path, Point, check_start, transfer, weighted
 
 __all__ = ["fit_iia", "sample_iia"]
 
 Base = Literal["ddim", "heun"]
+#: A sum of tensors with weights.
+Parts = list[tuple[float, Tensor]]
 _BASES = ("ddim", "heun")
 
 
@@ -88,18 +90,18 @@ def fit_iia(
     checks.nonnegative("ridge", ridge)
     path = Path(denoiser, times)
     found = torch.zeros(path.n_steps, 2, dtype=torch.float64)
-    memory: tuple[Tensor, ...] = ()
+    memory: tuple[Parts, ...] = ()
     for i in range(path.n_steps):
         s, t = path.points[i], path.points[i + 1]
-        plain, terms, memory = _step(denoiser, x, s, t, base, memory)
+        step, terms, memory = _step(denoiser, x, s, t, base, memory)
         if terms:
-            target = _fine(denoiser, x, s, t, base, n_fine)
-            columns = torch.stack([term.flatten() for term in terms], 1).double()
+            target, plain = _fine(denoiser, x, s, t, base, n_fine), weighted(*step)
+            columns = torch.stack([weighted(*term).flatten() for term in terms], 1).double()
             gram = columns.T @ columns
             gram += ridge * gram.diagonal().mean().clamp_min(1e-300) * torch.eye(len(terms)).to(gram)
             right = columns.T @ (target - plain).flatten().double()
             found[i, : len(terms)] = torch.linalg.lstsq(gram, right[:, None]).solution[:, 0].cpu()
-        x = _corrected(plain, terms, found[i])
+        x = _corrected(step, terms, found[i])
     return found
 
 
@@ -167,35 +169,42 @@ def sample_iia(
     checks.one_of("base", base, _BASES)
     checks.tensor("coefficients", coefficients, shape=(len(times) - 1, 2))
     path, calls = Path(denoiser, times), denoiser.nfev
-    memory: tuple[Tensor, ...] = ()
+    memory: tuple[Parts, ...] = ()
     for i in range(path.n_steps):
-        plain, terms, memory = _step(denoiser, x, path.points[i], path.points[i + 1], base, memory)
-        x = _corrected(plain, terms, coefficients[i])
+        step, terms, memory = _step(denoiser, x, path.points[i], path.points[i + 1], base, memory)
+        x = _corrected(step, terms, coefficients[i])
         if callback is not None:
             callback(i, x)
     return path.result(x, denoiser.nfev - calls)
 
 
 def _step(
-    denoiser: Denoiser, x: Tensor, s: Point, t: Point, base: str, memory: tuple[Tensor, ...]
-) -> tuple[Tensor, tuple[Tensor, ...], tuple[Tensor, ...]]:
-    """Return the base step, the terms whose coefficients are free, and what the next step remembers."""
-    eps = denoiser.eps(x, s.time)
-    end = transfer(x, eps, s, t)
+    denoiser: Denoiser, x: Tensor, s: Point, t: Point, base: str, memory: tuple[Parts, ...]
+) -> tuple[Parts, tuple[Parts, ...], tuple[Parts, ...]]:
+    """Return the base step, the terms whose coefficients are free, and what the next step remembers, all as weighted sums."""
+    eps, reach = denoiser.eps(x, s.time), t.alpha * (t.lam - s.lam)
+    kept = (t.alpha / s.alpha, x)
     if base == "heun":
-        reach = t.alpha * (t.lam - s.lam)
-        after = denoiser.eps(end, t.time) if t.lam > 0 else eps
-        plain = transfer(x, (eps + after) / 2, s, t)
-        return plain, (reach * eps, reach * after) if t.lam > 0 else (), ()
-    x0 = (x - s.sigma * eps) / s.alpha
-    terms = (x0 - memory[0], eps - memory[1]) if memory else ()
-    return end, terms, (x0, eps)
+        if t.lam <= 0:
+            return [kept, (reach, eps)], (), ()
+        after = denoiser.eps(transfer(x, eps, s, t), t.time)
+        return [kept, (reach / 2, eps), (reach / 2, after)], ([(reach, eps)], [(reach, after)]), ()
+    # The predicted data is (x - sigma eps) / alpha.
+    now: tuple[Parts, ...] = ([(1 / s.alpha, x), (-s.lam, eps)], [(1.0, eps)])
+    terms = tuple(new + [(-w, v) for w, v in old] for new, old in zip(now, memory, strict=False))
+    return [kept, (reach, eps)], terms, now
 
 
-def _corrected(plain: Tensor, terms: tuple[Tensor, ...], coefficients: Tensor) -> Tensor:
-    for term, c in zip(terms, coefficients.tolist(), strict=False):
-        plain = plain + c * term
-    return plain
+def _corrected(base: Parts, terms: tuple[Parts, ...], coefficients: Tensor) -> Tensor:
+    """Return the step with its terms: one pass over memory for each tensor that takes part, however often."""
+    parts = base + [
+        (c * w, v) for term, c in zip(terms, coefficients.tolist(), strict=False) for w, v in term
+    ]
+    weights: dict[int, float] = {}
+    for w, v in parts:
+        weights[id(v)] = weights.get(id(v), 0.0) + w
+    tensors = {id(v): v for _, v in parts}
+    return weighted(*((w, tensors[key]) for key, w in weights.items() if w))
 
 
 def _fine(denoiser: Denoiser, x: Tensor, s: Point, t: Point, base: str, n: int) -> Tensor:
@@ -205,5 +214,5 @@ def _fine(denoiser: Denoiser, x: Tensor, s: Point, t: Point, base: str, n: int) 
     times = denoiser.schedule.time(levels).tolist()
     points = [s, *(Point.at(denoiser.schedule, v) for v in times[1:-1]), t]
     for here, there in itertools.pairwise(points):
-        x = _step(denoiser, x, here, there, base, ())[0]
+        x = weighted(*_step(denoiser, x, here, there, base, ())[0])
     return x

@@ -1,4 +1,4 @@
-"""Logging to MLflow's local store of files."""
+"""Logging to the local stores of MLflow and of Weights & Biases."""
 
 import sys
 from pathlib import Path
@@ -39,9 +39,35 @@ def test_parameters_numbers_and_files_are_logged(tmp_path, monkeypatch):
     assert {"report.html", "audit.json", "metrics.csv", "junit.xml", "summary.md"} <= names
 
 
+def test_a_run_of_wandb_is_written_to_a_folder_and_not_sent(tmp_path, monkeypatch):
+    pytest.importorskip("wandb")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("WANDB_MODE", raising=False)
+    p, y = _subjects.calibrated(200)
+    report = audit.run(
+        predictions=p, labels=y, seed=3, only=["calibration"], out=tmp_path / "out", progress=False
+    )
+    where = log_report(report, tmp_path / "out", "wandb")
+    folder = Path(where.split(" at ")[1])
+    assert folder.is_relative_to(tmp_path)
+    assert folder.name.startswith("offline-run")
+    (kept,) = folder.glob("*.wandb")
+    written = kept.read_bytes()
+    ece = report["calibration"].metric("ece")
+    for text in (
+        b"calibration.ece.high",
+        repr(ece.value).encode(),
+        b"audit.calibration",
+        b"report.html",
+        b"summary.md",
+    ):
+        assert text in written, text
+
+
 def test_a_missing_extra_and_an_unknown_log_are_named(monkeypatch):
-    with pytest.raises(checks.ArgumentError, match="log is 'wandb'; allowed"):
-        require_log("wandb")
-    monkeypatch.setitem(sys.modules, "mlflow", None)
-    with pytest.raises(checks.MissingExtraError, match=r"perturbkit\[mlflow\]"):
-        require_log("mlflow")
+    with pytest.raises(checks.ArgumentError, match="log is 'comet'; allowed"):
+        require_log("comet")
+    for name in ("mlflow", "wandb"):
+        monkeypatch.setitem(sys.modules, name, None)
+        with pytest.raises(checks.MissingExtraError, match=rf"perturbkit\[{name}\]"):
+            require_log(name)

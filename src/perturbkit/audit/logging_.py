@@ -1,4 +1,4 @@
-"""Logging an audit as a run of MLflow (extra ``mlflow``)."""
+"""Logging an audit as a run of MLflow (extra ``mlflow``) or of Weights & Biases (extra ``wandb``)."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 __all__ = ["LOGS", "log_report", "require_log"]
 
-LOGS = ("mlflow",)
+LOGS = ("mlflow", "wandb")
 _LONGEST = 500
 
 
@@ -29,16 +29,66 @@ def require_log(name: str) -> None:
         If the package that it needs is not installed.
     """
     checks.one_of("log", name, LOGS)
-    checks.extra("mlflow", "mlflow")
+    checks.extra(name, name)
 
 
 def log_report(report: Report, folder: Path, name: str = "mlflow") -> str:
-    """Log parameters, numbers with their intervals, and the files of ``folder``; return where.
+    """Log parameters, numbers with their intervals, verdicts and the files of ``folder``; return where.
 
-    The run goes where ``MLFLOW_TRACKING_URI`` says, else into the folder ``mlruns``, and into the experiment that
-    ``MLFLOW_EXPERIMENT_NAME`` names, else "perturbkit audit".
+    Nothing leaves the machine unless it is asked to. MLflow's run goes where ``MLFLOW_TRACKING_URI`` says, else into the
+    folder ``mlruns``, and into the experiment that ``MLFLOW_EXPERIMENT_NAME`` names, else "perturbkit audit". The run of
+    Weights & Biases is written into the folder ``wandb``, to be sent by ``wandb sync``, unless ``WANDB_MODE`` says
+    otherwise, and belongs to the project that ``WANDB_PROJECT`` names, else "perturbkit-audit".
+
+    Parameters
+    ----------
+    report : Report
+        The audit.
+    folder : Path
+        Where its files are.
+    name : str
+        One of ``LOGS``.
+
+    Returns
+    -------
+    str
+        The run and its place.
+
+    Raises
+    ------
+    ArgumentError, MissingExtraError
+        As for :func:`require_log`.
     """
     require_log(name)
+    files = [path for path in sorted(folder.iterdir()) if path.is_file()]
+    verdicts = {f"audit.{f.section}": f.status for f in report.findings}
+    log = {"mlflow": _to_mlflow, "wandb": _to_wandb}[name]
+    return log(report.model, _parameters(report), _numbers(report), verdicts, files)
+
+
+def _parameters(report: Report) -> dict[str, str]:
+    request = report.request
+    parameters = {
+        "model": report.model, "data": report.data, "task": report.task, "rows": report.rows,
+        "profile": request.profile, "seed": request.seed, "norm": request.norm, "eps": request.eps,
+        "alpha": request.alpha, "sections": " ".join(request.sections), "perturbkit": report.marks.get("version", ""),
+    }  # fmt: skip
+    return {k: str(v)[:_LONGEST] for k, v in parameters.items()}
+
+
+def _numbers(report: Report) -> dict[str, float]:
+    numbers = {}
+    for finding in report.findings:
+        for m in finding.metrics:
+            for end, value in (("", m.value), (".low", m.low), (".high", m.high)):
+                if value is not None and math.isfinite(value):
+                    numbers[f"{finding.section}.{m.name}{end}"] = float(value)
+    return numbers
+
+
+def _to_mlflow(
+    title: str, parameters: dict[str, str], numbers: dict[str, float], verdicts: dict[str, str], files: list[Path]
+) -> str:  # fmt: skip
     import mlflow
 
     if "MLFLOW_TRACKING_URI" not in os.environ:
@@ -46,24 +96,34 @@ def log_report(report: Report, folder: Path, name: str = "mlflow") -> str:
         os.environ.setdefault("MLFLOW_ALLOW_FILE_STORE", "true")
         mlflow.set_tracking_uri(Path("mlruns").resolve().as_uri())
     mlflow.set_experiment(os.environ.get("MLFLOW_EXPERIMENT_NAME", "perturbkit audit"))
-    request = report.request
-    with mlflow.start_run(run_name=report.model) as run:
-        parameters = {
-            "model": report.model, "data": report.data, "task": report.task, "rows": report.rows,
-            "profile": request.profile, "seed": request.seed, "norm": request.norm, "eps": request.eps,
-            "alpha": request.alpha, "sections": " ".join(request.sections), "perturbkit": report.marks.get("version", ""),
-        }  # fmt: skip
-        mlflow.log_params({k: str(v)[:_LONGEST] for k, v in parameters.items()})
-        numbers = {}
-        for finding in report.findings:
-            for m in finding.metrics:
-                ends = {"": m.value, ".low": m.low, ".high": m.high}
-                for end, value in ends.items():
-                    if value is not None and math.isfinite(value):
-                        numbers[f"{finding.section}.{m.name}{end}"] = float(value)
+    with mlflow.start_run(run_name=title) as run:
+        mlflow.log_params(parameters)
         mlflow.log_metrics(numbers)
-        mlflow.set_tags({f"audit.{f.section}": f.status for f in report.findings})
-        for path in sorted(folder.iterdir()):
-            if path.is_file():
-                mlflow.log_artifact(str(path))
+        mlflow.set_tags(verdicts)
+        for path in files:
+            mlflow.log_artifact(str(path))
         return f"run {run.info.run_id} at {mlflow.get_tracking_uri()}"
+
+
+def _to_wandb(
+    title: str, parameters: dict[str, str], numbers: dict[str, float], verdicts: dict[str, str], files: list[Path]
+) -> str:  # fmt: skip
+    import wandb
+
+    run = wandb.init(
+        project=os.environ.get("WANDB_PROJECT", "perturbkit-audit"),
+        name=title,
+        mode=os.environ.get("WANDB_MODE", "offline"),  # type: ignore[arg-type]
+        config=parameters,
+        settings=wandb.Settings(silent=True, console="off"),
+    )
+    try:
+        run.summary.update({**numbers, **verdicts})
+        kept = wandb.Artifact("audit", type="audit")
+        for path in files:
+            kept.add_file(str(path))
+        run.log_artifact(kept)
+        place = run.url if not run.offline else str(Path(run.dir).resolve().parent)
+    finally:
+        run.finish()
+    return f"run {run.id} at {place}"

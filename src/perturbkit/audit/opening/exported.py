@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from perturbkit.audit.opening._layers import NoLayerError, layers_of
 from perturbkit.audit.opening._opened import OpenedModel, first_line
 from perturbkit.core import checks
 
@@ -21,7 +22,12 @@ def open_exported(path: Path) -> OpenedModel:
         If it is not a program of torch.export.
     """
     try:
-        return OpenedModel(_Exported(torch.export.load(path)), path.name)
+        program = torch.export.load(path)
+        try:
+            # With layers the program can be bounded, and takes any number of rows.
+            return OpenedModel(layers_of(program), path.name)
+        except NoLayerError as why:
+            return OpenedModel(_Exported(program, str(why)), path.name)
     except Exception as error:
         raise checks.ModelError(
             f"{path} could not be read as a torch.export program ({type(error).__name__}: {first_line(error)}); "
@@ -30,15 +36,13 @@ def open_exported(path: Path) -> OpenedModel:
 
 
 class _Exported(nn.Module):
-    """A torch.export program; rows are padded up to its batch size where that is fixed."""
+    """A torch.export program without layers; rows are padded up to its batch size where that is fixed."""
 
-    no_layers = (
-        "an exported program is a list of operations without layers that can be bounded. Pass the PyTorch module "
-        "(module:function) to have the proof"
-    )
-
-    def __init__(self, program: Any) -> None:
+    def __init__(self, program: Any, why: str) -> None:
         super().__init__()
+        self.no_layers = (
+            f"of the exported program {why}. Pass the PyTorch module (module:function) to have the proof"
+        )
         self.training = False  # its mode was fixed when it was exported
         self.program = program.module()
         names = set(program.graph_signature.user_inputs)

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 import perturbkit.audit as audit
-from perturbkit.core import checks
+from perturbkit.core import checks, parse_memory
 
 sys.path.insert(0, str(Path(__file__).parent))
 import _subjects
@@ -223,3 +223,35 @@ def test_the_plan_names_what_takes_the_place_of_what_is_not_supported():
     assert set(half) == {"explain", "attack", "certify"}
     assert half["certify"].endswith("The smoothed model is certified instead.")
     assert "integrated gradients" in half["explain"]
+
+
+def test_no_section_asks_the_model_for_more_at_once_than_the_memory_allows():
+    class Wide(nn.Module):
+        """A network whose answers need 0.5 MB a row, and as much again for a gradient; it notes the most that it was asked."""
+
+        def __init__(self):
+            super().__init__()
+            self.first, self.last, self.most = nn.Conv2d(1, 512, 3, padding=1), nn.Linear(512, 3), 0
+
+        def forward(self, x):
+            self.most = max(self.most, len(x))
+            # A hidden layer with an own rule for nothing, so that the proof is of the smoothed model.
+            return self.last(nn.functional.softsign(self.first(x)).mean((2, 3)))
+
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        net = Wide().eval()
+    generator = torch.Generator().manual_seed(1)
+    x = torch.rand(8, 1, 16, 16, generator=generator)
+    y, row, most = net(x).argmax(1), 512 * 16 * 16 * 4, {}
+    for memory in ("3MB", "1GB"):
+        net.most = 0
+        report = audit.run(net, (x, y), memory=memory, task="image", progress=False)
+        assert {f.section for f in report.findings if f.cost.nfev} >= {
+            "explain",
+            "attack",
+            "certify",
+            "corruption",
+        }
+        most[memory] = net.most
+    assert 1 < most["3MB"] <= parse_memory("3MB") // row < most["1GB"]

@@ -1,6 +1,7 @@
 """Opening models and data: what is accepted, and what every bad file is told."""
 
 import sys
+import time
 from pathlib import Path
 
 import numpy as np
@@ -8,6 +9,7 @@ import pytest
 import torch
 from torch import nn
 
+import perturbkit.audit as audit
 from perturbkit.audit import open_subject
 from perturbkit.core import checks
 
@@ -238,3 +240,13 @@ def test_refused_predictions(here, text, part):
 def test_predictions_with_data_beside_them(here):
     (here / "p.csv").write_text("a,b,label\n0.9,0.1,0\n")
     refused(lambda: open_subject("p.csv", "d.csv"), checks.DataError, "predictions alone")
+
+
+def test_a_budget_spent_while_opening_is_said_to_be_spent(here):
+    def slow(x):
+        time.sleep(0.3)
+        return x
+
+    path = str(write_csv(here / "d.csv"))
+    with pytest.raises(checks.ArgumentError, match="spent before the first section"):
+        audit.run(slow, path, budget=0.2, progress=False)

@@ -1,5 +1,6 @@
 """Weakest rows and slices: planted faults are found, noise is not called a fault."""
 
+import math
 import re
 import sys
 from pathlib import Path
@@ -12,7 +13,7 @@ from torch import nn
 
 import perturbkit.audit as audit
 from perturbkit.audit._papers import METHODS, methods
-from perturbkit.audit.sections.slices import _holm
+from perturbkit.audit.sections.slices import _compare, _holm, _worse_between
 from perturbkit.papers.records import discover
 
 sys.path.insert(0, str(Path(__file__).parent))
@@ -160,3 +161,61 @@ def test_every_section_links_its_methods_and_their_limits():
             assert str(method.year) in part
     cited = {f.section for f in report.findings if f.papers or f.series.get("references")}
     assert cited >= set(audit.SECTIONS) - {"sanity", "weakest"}
+
+
+def grouped(n, seed, accuracies):
+    """Predictions of groups of equal size, each right as often as given, with confidence that tells nothing."""
+    g = np.random.default_rng(seed)
+    group = np.arange(n) % len(accuracies)
+    y = g.integers(0, 2, n)
+    p = np.where(g.random(n) < np.array(accuracies)[group], 0.8, 0.2)
+    return np.stack([np.where(y == 0, p, 1 - p), np.where(y == 1, p, 1 - p)], 1), y, group
+
+
+def test_the_number_of_worse_comparisons_has_an_interval(tmp_path):
+    """Of five groups one is worse than the rest and four are better: one is found, and the four are ruled out."""
+    p, y, group = grouped(3000, 0, (0.4, 0.9, 0.9, 0.9, 0.9))
+    lines = [f"{a},{b},{t},g{k}" for (a, b), t, k in zip(p.tolist(), y, group, strict=True)]
+    (tmp_path / "p.csv").write_text("\n".join(["0,1,label,site", *lines]) + "\n")
+    run = {"label": "label", "groups": "site", "only": ["slices"], "progress": False}
+    finding = audit.run(str(tmp_path / "p.csv"), n=3000, **run)["slices"]
+    found = finding.metric("worse")
+    table = [dict(zip(finding.table.columns, row, strict=True)) for row in finding.table.rows]
+    assert len(table) == found.n
+    ends = [
+        -math.inf
+        if "open" in row["difference, interval"]
+        else float(row["difference, interval"][1:].split(",")[0])
+        for row in table
+    ]
+    assert found.value == found.low == sum(row[""] == "worse" for row in table) >= 1
+    assert found.high == sum(low < 0 for low in ends)
+    better = [r for r, low in zip(table, ends, strict=True) if low >= 0 and r["quantity"] == "accuracy"]
+    assert {row["slice"] for row in better} == {f"group is g{k}" for k in range(1, 5)}
+    assert found.high <= found.n - 4
+    assert (
+        f"in {found.low:.0f} of them or more, and not in more than {found.high:.0f}" in finding.does_not_show
+    )
+    # On few rows nothing is ruled out.
+    few = audit.run(str(tmp_path / "p.csv"), n=60, **run)["slices"].metric("worse")
+    assert few.low <= 1 <= few.high
+    assert few.high >= few.n - 1
+
+
+def test_the_interval_holds_the_true_number_in_nearly_all_repeats():
+    accuracies = (0.5, 0.75, 0.8, 0.85, 0.95)
+    rest = [(sum(accuracies) - a) / 4 for a in accuracies]
+    truth = sum(a < r for a, r in zip(accuracies, rest, strict=True))
+    held, narrow = 0, 0
+    for seed in range(200):
+        p, y, group = grouped(1000, seed, accuracies)
+        right = (p.argmax(1) == y).astype(float)
+        compared = [_compare(str(k), group == k, "accuracy", right, 5) for k in range(5)]
+        corrected = _holm([c.p for c in compared])
+        found = sum(p < 0.05 and c.high < 0 for c, p in zip(compared, corrected, strict=True))
+        low, high = _worse_between(found, compared)
+        held += low <= truth <= high
+        narrow += high < 5
+    assert truth == 2
+    assert held >= 190
+    assert narrow >= 150

@@ -149,3 +149,62 @@ def test_a_lock_file_is_toml_and_holds_what_was_asked(tmp_path):
     locked = again.pop("locked")
     assert again == source
     assert locked["model"] == "m"
+
+
+FORMULAS = (
+    "=1+1",
+    "+cmd|' /C calc'!A0",
+    "-2+3",
+    "@SUM(A1)",
+    "\t=1",
+    "\r=1",
+    "\n=1",
+    "-",
+    "-1_0",
+    "+inf",
+    "\uff1d1",
+)
+
+
+def test_no_cell_of_the_data_is_a_formula(tmp_path):
+    """Text from the data begins with an apostrophe where a spreadsheet would run it; numbers stay numbers."""
+    n = len(FORMULAS)
+    rows = [(i, text, -0.5, math.inf, None, "-1.5e3") for i, text in enumerate((*FORMULAS, "a\r=1+1"))]
+    examples = Table(("row", "group", "error", "attack radius", "empty", "label"), tuple(rows))
+    findings = (
+        Finding("sanity", "ok", "Fine.", (Metric("accuracy", -0.5, -0.6, 0.6, n, method="=HYPERLINK(1)"),)),
+    )
+    report = Report(**{**nasty().__dict__, "examples": examples, "findings": findings, "judgement": None})
+    report.write(tmp_path, ["csv"])
+    with open(tmp_path / "examples.csv", newline="") as file:
+        read = list(csv.reader(file))
+    assert [line[1] for line in read[1:]] == ["'" + text.replace("\r", "\n") for text in FORMULAS] + [
+        "a\n=1+1"
+    ]
+    assert all(line[2:] == ["-0.5", "inf", "", "-1.5e3"] for line in read[1:])
+    with open(tmp_path / "metrics.csv", newline="") as file:
+        (line,) = csv.DictReader(file)
+    assert (line["method"], line["value"], line["low"]) == ("'=HYPERLINK(1)", "-0.5", "-0.6")
+    assert examples.rows[0][1] == "=1+1"
+
+
+def test_formulas_in_groups_and_classes_of_a_table_are_defused(tmp_path):
+    x, y = _subjects.table(20)
+    lines = [
+        ",".join([*(f"{v:.4f}" for v in row), "=evil" if t else "+more", '"=cmd()"'])
+        for row, t in zip(x, y, strict=True)
+    ]
+    (tmp_path / "d.csv").write_text("\n".join(["a,b,c,d,label,site", *lines]) + "\n")
+    audit.run(
+        _subjects.linear(), str(tmp_path / "d.csv"), groups="site", only=["sanity", "attack"], out=tmp_path / "o",
+        progress=False,
+    )  # fmt: skip
+    with open(tmp_path / "o" / "examples.csv", newline="") as file:
+        for line in csv.DictReader(file):
+            assert line["label"] in ("'=evil", "'+more")
+            assert line["group"] == "'=cmd()"
+            assert float(line["attack radius"]) >= 0
+    for name in ("examples.csv", "metrics.csv"):
+        with open(tmp_path / "o" / name, newline="") as file:
+            cells = [cell for row in csv.reader(file) for cell in row]
+        assert not [c for c in cells if c.startswith(("=", "+", "@", "\t", "\r"))]

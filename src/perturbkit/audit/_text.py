@@ -53,41 +53,52 @@ def edits_until_change(
     control : list of int
         Whether as many swaps in words chosen at random change each answer, 0 or 1.
     """
-    edits: list[float] = []
-    examples: list[tuple[str, str, object]] = []
-    control: list[int] = []
-    for row in rows.tolist():
-        pieces, label = words(subject.texts[row]), int(subject.y[row])
-        found, edited = _greedy(subject, pieces, label, generator)
-        edits.append(found)
-        shown: object = int(found) if math.isfinite(found) else f"more than {MAX_EDITS}"
-        examples.append((" ".join(pieces), edited if math.isfinite(found) else "", shown))
-        n = int(min(found, MAX_EDITS, len(pieces)))
-        chosen = torch.randperm(len(pieces), generator=generator)[:n].tolist()
-        random = [swap_letters(w, generator) if i in chosen else w for i, w in enumerate(pieces)]
-        control.append(int(subject.predict_texts([" ".join(random)]).argmax(1)) != label)
-    return edits, examples, control
+    pieces = [words(subject.texts[row]) for row in rows.tolist()]
+    labels = [int(subject.y[row]) for row in rows.tolist()]
+    edits, edited = _greedy(subject, pieces, labels, generator)
+    examples: list[tuple[str, str, object]] = [
+        (" ".join(text), changed, int(n) if math.isfinite(n) else f"more than {MAX_EDITS}")
+        for text, changed, n in zip(pieces, edited, edits, strict=True)
+    ]
+    random = []
+    for text, n in zip(pieces, edits, strict=True):
+        chosen = torch.randperm(len(text), generator=generator)[: int(min(n, MAX_EDITS, len(text)))].tolist()
+        random.append(" ".join(swap_letters(w, generator) if i in chosen else w for i, w in enumerate(text)))
+    answers = subject.predict_texts(random).argmax(1).tolist() if random else []
+    return edits, examples, [int(answer != label) for answer, label in zip(answers, labels, strict=True)]
 
 
-def _greedy(subject: Subject, pieces: list[str], label: int, generator: torch.Generator) -> tuple[float, str]:
-    """Try one swap in every word, keep the one that lowers the label's score most, and go on."""
-    current = list(pieces)
-    free = set(range(len(pieces)))
+def _greedy(
+    subject: Subject, pieces: list[list[str]], labels: list[int], generator: torch.Generator
+) -> tuple[list[float], list[str]]:
+    """Try one swap in every word, keep the one that lowers the label's score most, and go on; all texts side by side."""
+    current, free = [list(text) for text in pieces], [set(range(len(text))) for text in pieces]
+    edits, edited = [math.inf] * len(pieces), [""] * len(pieces)
+    left = list(range(len(pieces)))
     for n in range(1, MAX_EDITS + 1):
-        tries = [(i, swap_letters(current[i], generator)) for i in sorted(free)]
-        tries = [(i, w) for i, w in tries if w != current[i]]
+        tries = []
+        for row in left:
+            for i in sorted(free[row]):
+                word = swap_letters(current[row][i], generator)
+                if word != current[row][i]:
+                    tries.append((row, i, word, " ".join([*current[row][:i], word, *current[row][i + 1 :]])))
         if not tries:
             break
-        texts = [" ".join([*current[:i], w, *current[i + 1 :]]) for i, w in tries]
-        scores = subject.predict_texts(texts).double()
-        margin = scores[:, label] - scores.scatter(1, torch.full((len(scores), 1), label), -math.inf).amax(1)
-        best = int(margin.argmin())
-        i, word = tries[best]
-        current[i] = word
-        free.discard(i)
-        if float(margin[best]) < 0:
-            return float(n), texts[best]
-    return math.inf, ""
+        scores = subject.predict_texts([text for *_, text in tries]).double()
+        label = torch.tensor([labels[row] for row, *_ in tries], device=scores.device)[:, None]
+        lead = (scores.gather(1, label)[:, 0] - scores.scatter(1, label, -math.inf).amax(1)).tolist()
+        best: dict[int, int] = {}
+        for k, (row, *_) in enumerate(tries):
+            if row not in best or lead[k] < lead[best[row]]:
+                best[row] = k
+        for row, k in best.items():
+            _, i, word, text = tries[k]
+            current[row][i] = word
+            free[row].discard(i)
+            if lead[k] < 0:
+                edits[row], edited[row] = float(n), text
+        left = [row for row in best if not math.isfinite(edits[row])]
+    return edits, edited
 
 
 def ablation_certificate(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -161,10 +162,16 @@ def _text_maps(context: Context, rows: Tensor, generator: torch.Generator) -> di
     texts, keep, _ = _text_cells(context, rows)
     width = min(LONGEST, max(len(words(t)) for t in subject.texts))
     removed = torch.zeros(len(rows), width, dtype=torch.float64)
-    for i, row in enumerate(texts):
-        batch = [" ".join(row), *keep(i, ~torch.eye(len(row), dtype=torch.bool))]
-        values = torch.from_numpy(to_probabilities(subject.predict_texts(batch))[:, int(target[i])].copy())
-        removed[i, : len(row)] = values[0] - values[1:]
+    # Every text whole and then without each of its words, all in one run.
+    batches = [
+        [" ".join(row), *keep(i, ~torch.eye(len(row), dtype=torch.bool))] for i, row in enumerate(texts)
+    ]
+    probabilities = to_probabilities(subject.predict_texts([text for batch in batches for text in batch]))
+    place = 0
+    for i, batch in enumerate(batches):
+        values = torch.from_numpy(probabilities[place : place + len(batch), int(target[i])].copy())
+        removed[i, : len(batch) - 1] = values[0] - values[1:]
+        place += len(batch)
     if subject.has_gradient():
         return {
             "integrated gradients": _text_gradients(subject, texts, target, width), "word removal": removed
@@ -190,19 +197,32 @@ def _text_gradients(subject: Subject, texts: list[list[str]], target: Tensor, wi
     assert model.from_embeddings
     assert subject.oracle
     found = torch.zeros(len(texts), width, dtype=torch.float64)
+    # Texts of as many tokens go together. None is padded: models that pool the last token find no padding in embeddings.
+    alike: dict[tuple[int, ...], list[int]] = {}
+    tokens = []
     for i, row in enumerate(texts):
         ids, mask = model.tokenize([" ".join(row)])
+        tokens.append(ids[0])
+        alike.setdefault(tuple(mask[0].tolist()), []).append(i)
+    chunk_size: int | None = None
+    for kept in sorted(alike, key=len, reverse=True):
+        members = alike[kept]
         with torch.no_grad():
-            embedded = model.embed(ids)
-        oracle = Oracle(_with_mask(model.from_embeddings, mask), memory=subject.oracle.memory)
-        map_ = integrated_gradients(oracle, embedded, target[i : i + 1], n_steps=IG_STEPS["text"])
+            embedded = model.embed(torch.stack([tokens[i] for i in members]))
+        mask = torch.tensor(kept, device=embedded.device)
+        oracle = Oracle(
+            _with_mask(model.from_embeddings, mask), memory=subject.oracle.memory, chunk_size=chunk_size
+        )
+        # What the longest texts allow at once, the shorter ones do too.
+        chunk_size = chunk_size or next(oracle.chunks(sys.maxsize, embedded, gradient=True))
+        map_ = integrated_gradients(oracle, embedded, target[members], n_steps=IG_STEPS["text"])
         subject.oracle.nfev += oracle.nfev
         subject.oracle.ngrad += oracle.ngrad
-        scores = map_.values.double().sum(-1)[0]
-        owner = _owners(row, model.decode(ids[0]) if model.decode else [])
-        for position, word in enumerate(owner):
-            if word is not None and word < width:
-                found[i, word] += scores[position]
+        for i, scores in zip(members, map_.values.double().sum(-1), strict=True):
+            owner = _owners(texts[i], model.decode(tokens[i]) if model.decode else [])
+            for position, word in enumerate(owner):
+                if word is not None and word < width:
+                    found[i, word] += scores[position]
     return found
 
 

@@ -61,7 +61,7 @@ Baseline = Annotated[
 Format = Annotated[
     str | None, typer.Option("--format", help="What to write, as html,json,csv,junit,md.", show_default="all")
 ]
-Log = Annotated[str | None, typer.Option(help="Log the audit: mlflow.", show_default=False)]
+Log = Annotated[str | None, typer.Option(help="Log the audit: mlflow or wandb.", show_default=False)]
 Resume = Annotated[bool, typer.Option("--resume", help="Go on with the audit that was stopped in --out.")]
 Cluster = Annotated[
     str | None,
@@ -87,6 +87,12 @@ Label = Annotated[
     str | None, typer.Option(help="Column of the label.", show_default="label, y, target or class")
 ]
 Groups = Annotated[str | None, typer.Option(help="Column of the group of a row.", show_default=False)]
+Frozen = Annotated[
+    list[str] | None,
+    typer.Option(
+        help="Column of a table that no attack, proof or damage changes; may be repeated.", show_default=False
+    ),
+]
 Bounds = Annotated[str | None, typer.Option(help="Range of inputs, as 0,1.", show_default="0,1 for images")]
 
 # 70 is what sysexits.h calls an internal error; 1 would say that a gate failed.
@@ -132,6 +138,7 @@ def run(
     task: Task = None,
     label: Label = None,
     groups: Groups = None,
+    frozen: Frozen = None,
     bounds: Bounds = None,
     profile: Profile = "quick",
     n: Rows = None,
@@ -171,6 +178,7 @@ def plan(
     task: Task = None,
     label: Label = None,
     groups: Groups = None,
+    frozen: Frozen = None,
     bounds: Bounds = None,
     profile: Profile = "quick",
     n: Rows = None,
@@ -206,6 +214,7 @@ def init(
     task: Task = None,
     label: Label = None,
     groups: Groups = None,
+    frozen: Frozen = None,
     bounds: Bounds = None,
     profile: Profile = "quick",
     seed: Seed = 0,
@@ -334,6 +343,7 @@ class _Call:
             norm=self.get("norm", "linf"), eps=_number(self.get("eps")), alpha=float(self.get("alpha", 0.1)),
             bounds=_bounds(self.get("bounds")), device=self.get("device"), memory=self.get("memory"),
             out=Path(self.get("out", "audit")), budget=None if budget is None else parse_duration(budget),
+            frozen=tuple(self.get("frozen", ())),
         )  # fmt: skip
         return request.selecting(tuple(self.get("only", ())), tuple(self.get("skip", ())))
 
@@ -350,9 +360,12 @@ class _Call:
             from perturbkit.audit.demo import demo_subject
 
             return demo_subject(self.get("demo"), **self.options())
+        from perturbkit.audit.context import frozen_columns
         from perturbkit.audit.opening import open_subject
 
-        return open_subject(self.get("model"), self.get("data"), **self.options())
+        subject = open_subject(self.get("model"), self.get("data"), **self.options())
+        frozen_columns(subject, self.request())
+        return subject
 
     def formats(self) -> list[str] | None:
         value = self.get("format")

@@ -40,6 +40,7 @@ _LOWER = {
     "error",
     "misled",
     "alarm",
+    "worse",
 }
 
 

@@ -24,7 +24,7 @@ __all__ = ["NAME", "lock", "read_config", "template"]
 
 NAME = "audit.toml"
 _KEYS = {
-    "demo": str, "model": str, "data": str, "task": str, "label": str, "groups": str, "bounds": list, "profile": str,
+    "demo": str, "model": str, "data": str, "task": str, "label": str, "groups": str, "frozen": list, "bounds": list, "profile": str,
     "n": int, "seed": int, "only": list, "skip": list, "norm": str, "eps": (str, float), "alpha": float,
     "gates": (str, dict), "out": str, "device": str, "memory": str, "budget": str, "baseline": str, "format": list,
     "log": str, "cluster": str, "locked": dict,
@@ -94,6 +94,7 @@ def template(
         *([] if data is None else [f"data = {_toml(data)}"]), "",
         option("label", "label", "column of the label"),
         option("groups", "site", "column of the group of a row: coverage by group, groups kept whole"),
+        *([option("frozen", list(subject.feature_names[:1]), "columns that nothing may change")] if subject.feature_names else []),
         option("task", subject.task, "image, tabular or text; told from the data"),
         option("bounds", list(subject.bounds or (0.0, 1.0)), "range of valid inputs"), "",
         line("profile", options.get("profile") or "quick", "quick (a minute), standard (ten), full (all rows)", True),

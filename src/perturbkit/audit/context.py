@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import zlib
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
 
@@ -15,7 +15,7 @@ from perturbkit.audit.finding import Finding
 from perturbkit.audit.partial import Parts
 from perturbkit.audit.request import AuditRequest
 from perturbkit.audit.subject import Derived, Subject, is_probability
-from perturbkit.core import Cost, Oracle
+from perturbkit.core import Cost, Oracle, checks
 from perturbkit.core.watch import DeadlineError
 
 __all__ = ["Attributions", "Context", "Question"]
@@ -24,6 +24,9 @@ __all__ = ["Attributions", "Context", "Question"]
 MOVED = 0.25
 # Columns that nothing may change are measured in units so small that no step of a sensible size reaches them.
 _TINY = 1e-6
+# What stands for a missing number in units of the scale: methods want finite numbers, and no noise reaches from here to
+# one that is there.
+_ABSENT = 2.0**100
 
 
 @dataclass(frozen=True, eq=False)
@@ -70,7 +73,7 @@ class Question:
     y : Tensor of int64
         The answer that should stay.
     free : Tensor
-        What may change, 1 or 0, broadcastable to a row.
+        What may change, 1 or 0: shape of a row, or of all rows where some have missing numbers.
     bounds : tuple or None
         Range of valid rows.
     sides : tuple of Oracle
@@ -83,6 +86,16 @@ class Question:
     free: Tensor
     bounds: tuple[Any, Any] | None
     sides: tuple[Oracle, ...]
+
+    @property
+    def span(self) -> float:
+        """Difference of the largest and the smallest number that may change."""
+        values = self.z[self.free.expand_as(self.z) > 0]
+        return float(values.max() - values.min()) if values.numel() else 0.0
+
+    def free_of(self, rows: Tensor) -> Tensor:
+        """Return what may change of some rows, given by a truth value a row."""
+        return self.free[rows] if self.free.shape == self.z.shape else self.free
 
 
 @dataclass(frozen=True, eq=False)
@@ -108,6 +121,18 @@ class Context:
     rows: dict[str, int] = field(default_factory=dict)
     parts: Parts = field(default_factory=Parts)
     findings: dict[str, Finding] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        subject = self.subject
+        frozen_columns(subject, self.request)
+        if subject.bounds is not None and subject.x is not None and self.has_missing:
+            there = subject.x[~torch.isnan(subject.x)]
+            low, high = (float(there.min()), float(there.max())) if len(there) else subject.bounds
+            if low < subject.bounds[0] or high > subject.bounds[1]:
+                raise checks.DataError(
+                    f"{subject.data_name} has values from {low:.4g} to {high:.4g}; allowed: the range [{subject.bounds[0]:g}, "
+                    f"{subject.bounds[1]:g}]. Scale the inputs, or state the range with --bounds LOW,HIGH."
+                )
 
     def chunks(
         self,
@@ -198,33 +223,71 @@ class Context:
 
     @cached_property
     def scale(self) -> Tensor:
-        """Standard deviation of each column of a table, one where a column is constant; one for images."""
+        """Unit of a change: standard deviation of each column of a table, one where it is constant; one for images."""
         assert self.subject.x is not None
         if self.subject.task == "image":
             return torch.ones((), dtype=self.subject.x.dtype)
-        std = self.subject.x.std(0)
-        std = torch.where(std > 0, std, torch.ones_like(std))
-        return torch.where(self.subject.held, _TINY, std) if len(self.subject.held) else std
+        std = self.deviation
+        if len(self.subject.held):
+            std = torch.where(self.subject.held, 1.0, std)
+        return torch.where(self.fixed, _TINY * std, std) if len(self.fixed) else std
+
+    @cached_property
+    def deviation(self) -> Tensor:
+        """Standard deviation of each column of a table, one where a column is constant."""
+        assert self.subject.x is not None
+        std = _deviation(self.subject.x) if self.has_missing else self.subject.x.std(0)
+        return torch.where(std > 0, std, torch.ones_like(std))
+
+    @cached_property
+    def has_missing(self) -> bool:
+        """Whether some number of the table is missing."""
+        return self.subject.missing() is not None
+
+    @cached_property
+    def fixed(self) -> Tensor:
+        """Columns that nothing may change, categories and frozen ones, as truth values; empty where there are none."""
+        held = self.subject.held
+        return held | self.frozen if len(held) and len(self.frozen) else held if len(held) else self.frozen
+
+    @cached_property
+    def frozen(self) -> Tensor:
+        """Columns that the request holds, as truth values; empty where there are none."""
+        return frozen_columns(self.subject, self.request)
+
+    @cached_property
+    def filled(self) -> Context:
+        """The same with means in the place of missing numbers, in the same units."""
+        if not self.has_missing:
+            return self
+        found = replace(self, subject=self.subject.filled())
+        found.__dict__["scale"] = self.scale
+        return found
 
     @cached_property
     def attributions(self) -> Attributions:
         """The maps that the explain and faithfulness sections share, made once."""
         from perturbkit.audit.attributions import attribute
+        from perturbkit.audit.sections.explain import attribute_present
 
-        return attribute(self)
+        return attribute(self) if not self.has_missing else attribute_present(self)
 
     def question(self, rows: Tensor) -> Question:
         """Return what is asked about some rows, in units of :attr:`scale`: radii of a table are in standard deviations.
 
         Probabilities are turned into their logarithms: the gradient of a softmax vanishes where the model is sure, and
-        an attack that climbs it would report a radius that is not there.
+        an attack that climbs it would report a radius that is not there. Missing numbers travel as a number of their own,
+        which is turned back before the model is asked.
         """
         subject, scale = self.subject, self.scale
         assert subject.oracle is not None
         assert subject.x is not None
         z, free = subject.x[rows] / scale, torch.ones(subject.x.shape[1:], dtype=subject.x.dtype)
-        if len(subject.held):
-            free = (~subject.held).to(free)
+        if len(self.fixed):
+            free = (~self.fixed).to(free)
+        if self.has_missing:
+            absent = torch.isnan(z)
+            z, free = z.masked_fill(absent, _ABSENT), free * (~absent)
         if subject.regression:
             return self._number_question(z, free, subject.predictions()[rows])
         probabilities = is_probability(subject.scores())
@@ -232,12 +295,29 @@ class Context:
         def after(out: Tensor, _: Tensor) -> Tensor:
             return out.clamp_min(1e-38).log() if probabilities else out
 
-        oracle = Derived(subject.oracle, before=lambda v: v * scale.to(v), after=after)
-        return Question(oracle, z, subject.y[rows], free, self.scaled_bounds, (oracle,))
+        oracle = Derived(subject.oracle, before=self._inputs, after=after)
+        return Question(oracle, z, subject.y[rows], free, self._bounds_of(z), (oracle,))
+
+    def _inputs(self, v: Tensor) -> Tensor:
+        """Turn rows in units of the scale into those that the model knows."""
+        x = v * self.scale.to(v)
+        if not self.has_missing:
+            return x
+        if self.subject.bounds is not None:
+            x = x.clamp(*self.subject.bounds)
+        return x.masked_fill(v > _ABSENT / 2, torch.nan)
+
+    def _bounds_of(self, z: Tensor) -> tuple[Any, Any] | None:
+        """Return the range of valid rows; what stands for a missing number is beyond it, so that end is open there."""
+        bounds = self.scaled_bounds
+        if bounds is None or not self.has_missing:
+            return bounds
+        low, high = (torch.as_tensor(b).to(z).expand(z.shape[1]) for b in bounds)
+        return low, torch.where((z > _ABSENT / 2).any(0), torch.inf, high)
 
     def _number_question(self, z: Tensor, free: Tensor, clean: Tensor) -> Question:
         """Ask whether the number moves: the clean one travels along as a last column, out of reach of every change."""
-        subject, scale, limit = self.subject, self.scale, self.moved
+        subject, limit = self.subject, self.moved
         assert subject.oracle is not None
         assert subject.point is not None
         weights = subject.point
@@ -250,19 +330,19 @@ class Context:
                 size = sign * shift if sign else shift.abs()
                 return torch.stack([size.new_full(size.shape, limit), size], 1)
 
-            inner = Derived(subject.oracle, before=lambda v: v[:, :-1] * scale.to(v), after=after)  # type: ignore[arg-type]
+            inner = Derived(subject.oracle, before=lambda v: self._inputs(v[:, :-1]), after=after)  # type: ignore[arg-type]
             return inner
 
         centre = float(clean.mean())
         last = ((clean - centre) / unit).to(z)[:, None]
-        bounds = self.scaled_bounds
+        bounds = self._bounds_of(z)
         if bounds is not None:
             open_ends = (torch.tensor([-torch.inf]).to(z), torch.tensor([torch.inf]).to(z))
             bounds = tuple(  # type: ignore[assignment]
                 torch.cat([torch.as_tensor(b).to(z).expand(z.shape[1]), end])
                 for b, end in zip(bounds, open_ends, strict=True)
             )
-        free = torch.cat([free, torch.zeros(1).to(free)])
+        free = torch.cat([free, torch.zeros(*free.shape[:-1], 1).to(free)], -1)
         y = torch.zeros(len(z), dtype=torch.long)
         return Question(asked(0), torch.cat([z, last], 1), y, free, bounds, (asked(1), asked(-1)))
 
@@ -271,6 +351,36 @@ class Context:
         """The range of valid inputs in units of :attr:`scale`."""
         bounds = self.subject.bounds
         return None if bounds is None else (bounds[0] / self.scale, bounds[1] / self.scale)
+
+
+def frozen_columns(subject: Subject, request: AuditRequest) -> Tensor:
+    """Return which columns the request holds, as truth values; empty where there are none.
+
+    Raises
+    ------
+    ArgumentError
+        If a name is none of a column that the model is asked with.
+    """
+    names = subject.feature_names
+    for name in request.frozen:
+        if name not in names:
+            columns = (
+                f"one of {', '.join(names[:20])}"
+                if names
+                else f"columns of a table, and the task is {subject.task}"
+            )
+            raise checks.ArgumentError(
+                f"frozen names {name!r}; allowed: {columns}. Correct it, or leave it out."
+            )
+    if not request.frozen:
+        return torch.zeros(0, dtype=torch.bool)
+    return torch.tensor([name in request.frozen for name in names])
+
+
+def _deviation(x: Tensor) -> Tensor:
+    """Return the standard deviation of what is there in each column, zero where fewer than two numbers are."""
+    n = (~torch.isnan(x)).sum(0)
+    return ((x - x.nanmean(0)).square().nansum(0) / (n - 1).clamp_min(1)).sqrt()
 
 
 def spent(oracle: Oracle | None) -> Cost:

@@ -18,6 +18,8 @@ _TEXT = 200
 def row_examples(subject: Subject, findings: Sequence[Finding]) -> Table | None:
     """Return a table of the rows audited: place in the data (from 0), label, answer, group, radii where they were measured.
 
+    Where categories were swapped, how many had to be before the answer changed (``inf``: no number tried did), and which.
+
     ``None`` where the model answered nothing.
     """
     if subject.scores_known is None:
@@ -46,6 +48,12 @@ def row_examples(subject: Subject, findings: Sequence[Finding]) -> Table | None:
             for row, radius in zip(rows, finding.series["radius"], strict=True):
                 values[row] = radius
             columns[f"{finding.section} radius"] = values
+            if "swaps" in finding.series:
+                for name, key in (("swaps", "swaps"), ("swapped", "swapped")):
+                    values = [None] * subject.n
+                    for row, value in zip(rows, finding.series[key], strict=True):
+                        values[row] = value
+                    columns[f"{finding.section} {name}"] = values
     if subject.texts:
         columns["text"] = [t[:_TEXT] for t in subject.texts]
     return Table(tuple(columns), tuple(zip(*columns.values(), strict=True)))

@@ -22,6 +22,8 @@ from perturbkit.audit.subject import Subject
 
 __all__ = ["Plan", "PlannedSection", "make_plan", "section_module"]
 
+_TIMED_ROWS, _TIMED_SECONDS = 256, 0.1
+
 
 @dataclass(frozen=True)
 class PlannedSection:
@@ -150,17 +152,21 @@ def _refusal(module: Any, subject: Subject, request: AuditRequest) -> str:
 
 
 def _seconds(subject: Subject) -> float:
-    """Time one evaluation, over a few rows and after a first try."""
+    """Time one evaluation after a first try, over so many rows at once that what a call costs by itself is shared."""
     if subject.oracle is None:
         return 0.0
-    # A function from outside has a cost a call, which many rows share.
-    few = subject.take(torch.arange(min(64 if subject.no_gradient else 4, subject.n)))
-    nfev = subject.oracle.nfev
-    few.scores()
-    started = time.perf_counter()
-    few.take(torch.arange(few.n)).scores()
+    nfev, n = subject.oracle.nfev, min(4, subject.n)
+    subject.take(torch.arange(n)).scores()
+    while True:
+        few = subject.take(torch.arange(n))
+        started = time.perf_counter()
+        few.scores()
+        seconds = time.perf_counter() - started
+        if n == min(subject.n, _TIMED_ROWS) or seconds > _TIMED_SECONDS:
+            break
+        n = min(4 * n, subject.n, _TIMED_ROWS)
     subject.oracle.nfev = nfev
-    return (time.perf_counter() - started) / few.n
+    return seconds / n
 
 
 def operations(subject: Subject) -> float:

@@ -84,6 +84,8 @@ class AuditRequest:
         Folder of the report; findings are saved there as they are finished.
     budget : float or None
         Seconds after which nothing more is measured; ``None``: no limit.
+    frozen : tuple of str
+        Columns of a table that no attack, proof or damage may change.
     """
 
     task: str | None = None
@@ -99,6 +101,7 @@ class AuditRequest:
     memory: str | int | None = None
     out: Path | None = None
     budget: float | None = None
+    frozen: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         if self.task is not None:
@@ -113,6 +116,11 @@ class AuditRequest:
         checks.between("alpha", self.alpha, 0, 1, inclusive="neither")
         for section in self.sections:
             checks.one_of("section", section, SECTIONS)
+        if isinstance(self.frozen, str):
+            raise checks.ArgumentTypeError(
+                f"frozen is {self.frozen!r}; allowed: a sequence of names of columns. Write [{self.frozen!r}]."
+            )
+        object.__setattr__(self, "frozen", tuple(self.frozen))
         if self.budget is not None:
             checks.positive("budget", self.budget)
         if self.bounds is not None and not self.bounds[0] < self.bounds[1]:

@@ -61,6 +61,7 @@ def run(
     bounds: tuple[float, float] | None = None,
     label: str | None = None,
     groups: str | None = None,
+    frozen: Sequence[str] = (),
     gates: str | Path | Mapping[str, Any] | None = None,
     device: str | None = None,
     memory: str | int | None = None,
@@ -106,6 +107,8 @@ def run(
         Range of valid inputs; [0, 1] for images.
     label, groups : str, optional
         Columns of a file that hold the label and the group of a row.
+    frozen : sequence of str
+        Columns of a table that no attack, proof or damage may change.
     gates : str, Path or mapping, optional
         Requirements; see :mod:`perturbkit.audit.gates`.
     device, memory : str, optional
@@ -152,7 +155,7 @@ def run(
     """
     request = AuditRequest(
         task, profile, n, seed, norm=norm, eps=eps, alpha=alpha, bounds=bounds, device=device, memory=memory,
-        out=None if out is None else Path(out), budget=None if budget is None else parse_duration(budget),
+        out=None if out is None else Path(out), budget=None if budget is None else parse_duration(budget), frozen=frozen,  # type: ignore[arg-type]
     ).selecting(tuple(only), tuple(skip))  # fmt: skip
 
     def opened() -> Subject:

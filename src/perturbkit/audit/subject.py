@@ -33,6 +33,10 @@ class TextModel:
         ``(embeddings, attention_mask)`` to logits, differentiable.
     decode : callable or None
         One row of ``input_ids`` to its tokens as text.
+    unknown : int or None
+        The token that stands for what the tokenizer does not know.
+    longest : int or None
+        Tokens of a text that the model reads; what follows is cut off.
     """
 
     predict: Callable[[Sequence[str]], Tensor]
@@ -40,6 +44,8 @@ class TextModel:
     embed: Callable[[Tensor], Tensor] | None = None
     from_embeddings: Callable[[Tensor, Tensor], Tensor] | None = None
     decode: Callable[[Tensor], list[str]] | None = None
+    unknown: int | None = None
+    longest: int | None = None
 
 
 @dataclass(eq=False)
@@ -57,7 +63,7 @@ class Subject:
     oracle : Oracle or None
         The model, answering logits or probabilities of shape (n, classes); ``None`` for predictions only.
     x : Tensor or None
-        Inputs: images (n, channels, height, width) or tables (n, features).
+        Inputs: images (n, channels, height, width) or tables (n, features), NaN where a number of a table is missing.
     texts : list of str
         Inputs of a text model.
     y : Tensor of int64, shape (n,)
@@ -123,6 +129,37 @@ class Subject:
             self.numbers = torch.arange(len(self.y))
 
     @property
+    def legal(self) -> dict[int, Any]:
+        """By column of categories, the series of values that its whole numbers stand for; what is missing comes last."""
+        return getattr(self.oracle.fun, "categories", {}) if self.oracle is not None else {}
+
+    def missing(self) -> Tensor | None:
+        """Return which numbers of a table are missing, a truth value a cell of ``x``; ``None`` where all are there."""
+        if self.task != "tabular" or self.x is None:
+            return None
+        found = torch.isnan(self.x)
+        return found if bool(found.any()) else None
+
+    def missing_by_column(self) -> dict[str, int]:
+        """Return how many cells of each column of a table are missing, by its name, where some are."""
+        if self.task != "tabular" or self.x is None:
+            return {}
+        return missing_cells(self.x, self.feature_names, self.legal)
+
+    def means(self) -> Tensor:
+        """Return the mean of what is there in each column of ``x``, zero where nothing is."""
+        assert self.x is not None
+        return self.x.nanmean(0).nan_to_num(0.0)
+
+    def filled(self) -> Subject:
+        """Return the subject with means in the place of missing numbers; what the model said is kept."""
+        absent = self.missing()
+        if absent is None:
+            return self
+        assert self.x is not None
+        return replace(self, x=torch.where(absent, self.means(), self.x))
+
+    @property
     def n(self) -> int:
         """Number of rows."""
         return len(self.y)
@@ -174,13 +211,17 @@ class Subject:
         return torch.where(torch.isnan(scores).any(1), -1, scores.argmax(1))
 
     def predict_texts(self, texts: Sequence[str]) -> Tensor:
-        """Return the outputs on texts, counted as evaluations of the oracle, in batches of at most 64."""
+        """Return the outputs on texts, counted as evaluations of the oracle, in batches of at most 64.
+
+        Texts of like length share a batch, since every one is padded to the longest.
+        """
         assert self.text_model is not None
         assert self.oracle is not None
         parts, start = [], 0
         each: float | None = None
+        order = sorted(range(len(texts)), key=lambda i: len(texts[i]))
         while start < len(texts):
-            batch = list(texts[start : start + paced(64, each)])
+            batch = [texts[i] for i in order[start : start + paced(64, each)]]
             began = time.perf_counter()
             with self.oracle.frozen(), torch.no_grad(), timed():
                 out = self.text_model.predict(batch)
@@ -188,7 +229,8 @@ class Subject:
             self.oracle.nfev += len(batch)
             parts.append(torch.as_tensor(out))
             start += len(batch)
-        return torch.cat(parts)
+        found = torch.cat(parts)
+        return torch.empty_like(found).index_copy_(0, torch.tensor(order, device=found.device), found)
 
     def point_oracle(self) -> Oracle:
         """Return the model as one number a row, shape (n, 1); for regressions."""
@@ -283,6 +325,15 @@ class Derived(Oracle):
         self._inner.nfev += len(x)
         self._inner.ngrad += len(x)
         return out
+
+
+def missing_cells(x: Tensor, names: tuple[str, ...], legal: dict[int, Any]) -> dict[str, int]:
+    """Return how many cells of each column are missing, where some are: numbers as NaN, categories as their last value."""
+    counts = torch.isnan(x).sum(0)
+    for place, values in legal.items():
+        if len(values) and bool(values.isna().iloc[-1]):
+            counts[place] = int((x[:, place] == len(values) - 1).sum())
+    return {name: n for name, n in zip(names, counts.tolist(), strict=True) if n}
 
 
 def point_weights(scores: Tensor) -> Tensor:

@@ -52,6 +52,10 @@ TITLES = {
 WORDS = {"ok": "in order", "weak": "needs attention", "not run": "not run", "failed": "failed"}
 
 
+# What begins a formula, also in full width, and white space that some spreadsheets skip.
+_FORMULA = ("=", "+", "-", "@", "\t", "\n", "\uff1d", "\uff0b", "\uff0d", "\uff20")
+_A_NUMBER = re.compile(r"[+-]?(\d+(\.\d*)?|\.\d+)([eE][+-]?\d+)?", re.ASCII)
+
 FORMATS = ("html", "json", "csv", "junit", "md")
 
 
@@ -82,7 +86,7 @@ def save_report(report: Report, folder: Path, formats: Sequence[str] | None = No
         if "json" in chosen:
             write("audit.json", json.dumps(report.to_dict(), indent=1, allow_nan=False))
         if "csv" in chosen:
-            write("metrics.csv", report.to_frame().to_csv(index=False))
+            write("metrics.csv", metrics_csv(report))
             if report.examples is not None:
                 write("examples.csv", examples_csv(report))
         if "junit" in chosen:
@@ -100,14 +104,35 @@ def save_report(report: Report, folder: Path, formats: Sequence[str] | None = No
     return tuple(written)
 
 
+def metrics_csv(report: Report) -> str:
+    """Return one line a number; text that a spreadsheet would run is defused, see :func:`examples_csv`."""
+    frame = report.to_frame()
+    for name in frame.columns:
+        if any(isinstance(v, str) for v in frame[name]):
+            frame[name] = [_harmless(v) for v in frame[name]]
+    return frame.to_csv(index=False)
+
+
 def examples_csv(report: Report) -> str:
-    """Return one line a row audited; a radius that no change reached is ``inf``, one not measured is empty."""
+    """Return one line a row audited; a radius that no change reached is ``inf``, one not measured is empty.
+
+    Text from the data that a spreadsheet would take for a formula begins with an apostrophe; numbers are left alone.
+    """
     assert report.examples is not None
     with io.StringIO(newline="") as file:
         writer = csv.writer(file, lineterminator="\n")
-        writer.writerow(report.examples.columns)
-        writer.writerows(report.examples.rows)
+        writer.writerow(map(_harmless, report.examples.columns))
+        writer.writerows(map(_harmless, row) for row in report.examples.rows)
         return file.getvalue()
+
+
+def _harmless(value: Any) -> Any:
+    """Put an apostrophe before text that a spreadsheet would take for a formula, as OWASP advises; a number is none."""
+    if not isinstance(value, str):
+        return value
+    # A carriage return is not quoted by the writer, and would begin a row.
+    text = value.replace("\r\n", "\n").replace("\r", "\n")
+    return f"'{text}" if text.startswith(_FORMULA) and not _A_NUMBER.fullmatch(text) else text
 
 
 def junit(report: Report) -> str:

@@ -212,9 +212,9 @@ def test_refused_frames():
     x, y = frame()
     model = pipeline(x, y)
     refused(model, (x[["a", "city"]], y), checks.DataError, "lacks the column 'b'")
-    refused(model, (x.assign(a=np.nan), y), checks.DataError, "120 NaN", "column 'a'")
+    refused(model, (x.assign(a=np.nan), y), checks.DataError, "120 missing cells", "120 in column 'a'")
     holes = x.assign(city=x.city.where(x.index > 2))
-    refused(model, (holes, y), checks.DataError, "3 missing values in column 'city'")
+    refused(model, (holes, y), checks.DataError, "3 missing cells", "3 in column 'city'", "takes none")
     refused(
         model,
         (x.assign(a=[f"text {i}" for i in range(120)]), y),

@@ -107,6 +107,42 @@ def test_pieces_of_words_are_matched_with_their_words(text_folder):
     assert _owners(["Good", "badly", "film"], model.decode(ids[0])) == [None, 0, 1, 1, 2, None]
 
 
+def test_a_tokenizer_that_does_not_know_the_texts_is_told(text_folder):
+    strange = [f"{text} zzz qqq xxx" for text in TEXTS]
+    long = [" ".join([GOOD[i % 3]] * (3 if i else 30)) for i in range(24)]
+    told = {}
+    for name, texts in (("known", TEXTS), ("strange", strange), ("long", long)):
+        finding = audit.run(str(text_folder), (texts, LABELS), only=["sanity"], progress=False)["sanity"]
+        told[name] = {row[0]: row[1:] for row in finding.table.rows}, finding.headline
+    known, strange_told, long_told = (told[k][0] for k in ("known", "strange", "long"))
+    assert known["words known to the tokenizer"] == ("0% of the tokens are unknown", "passed")
+    assert known["texts read to their end"] == ("yes", "passed")
+    # Of nine tokens (four words, three strange ones and two that frame a text) three.
+    assert strange_told["words known to the tokenizer"] == ("33% of the tokens are unknown", "look")
+    assert "33% of the tokens are unknown" in told["strange"][1]
+    assert long_told["texts read to their end"] == ("1 of 24 texts are cut at 16 tokens", "noted")
+
+
+def test_maps_of_texts_of_many_lengths_are_those_of_each(text_folder):
+    texts = [text + " film" * (i % 3) for i, text in enumerate(TEXTS)]
+    whole = audit.run(str(text_folder), (texts, LABELS), only=["explain"], n=8, progress=False)[
+        "explain"
+    ].series
+    rows = [int(title.split("row ")[1].rstrip(")")) for title in whole["titles"]]
+    assert len({len(texts[row]) for row in rows}) > 1
+    for i, row in enumerate(rows):
+        again = audit.run(
+            str(text_folder),
+            (texts[row : row + 1] * 2, LABELS[row : row + 1] * 2),
+            only=["explain"],
+            progress=False,
+        )
+        for method, maps in again["explain"].series["maps"].items():
+            if method != "random":
+                a, b = torch.tensor(maps[0]), torch.tensor(whole["maps"][method][i])
+                assert torch.allclose(a, b[: len(a)], atol=1e-6), method
+
+
 def test_embeddings_carry_the_gradient(text_folder):
     report = audit.run(
         str(text_folder), (TEXTS, LABELS), only=["sanity", "explain", "certify"], n=8, progress=False

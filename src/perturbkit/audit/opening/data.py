@@ -152,6 +152,8 @@ def _from_arrays(
         values = x if isinstance(x, torch.Tensor) else np.asarray(x)
         if isinstance(values, np.ndarray) and values.dtype == object:
             values = values.astype(np.float64)
+        if isinstance(values, np.ndarray) and not values.flags.writeable:
+            values = values.copy()  # a view that pandas lends, of which PyTorch warns
         values = torch.as_tensor(values)
         if values.is_complex():
             raise TypeError("complex numbers")
@@ -167,15 +169,16 @@ def _from_arrays(
             "for images. Reshape it."
         )
     _same_length(len(values), len(targets), "x has {} rows and y {}")
-    tables.finite(values, name, None)
     kind = "image" if values.ndim == 4 else "tabular"
+    columns = tuple(f"feature {i}" for i in range(values.shape[1])) if kind == "tabular" else ()
+    takes = kind == "tabular" and model is not None and model.takes_frames
+    tables.finite(values, name, columns or None, missing=takes)
     if task not in (None, kind):
         raise checks.DataError(
             f"the task is {task!r}, but x has shape {tuple(values.shape)}; allowed: {kind!r} for this shape. Leave the task "
             "out, or pass other inputs."
         )
-    names = tuple(f"feature {i}" for i in range(values.shape[1])) if kind == "tabular" else ()
-    return OpenedData(name, kind, targets, x=values, feature_names=names)
+    return OpenedData(name, kind, targets, x=values, feature_names=columns)
 
 
 def _series(y: Any) -> Any:

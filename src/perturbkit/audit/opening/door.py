@@ -16,6 +16,7 @@ from perturbkit.audit.opening.models import open_model
 from perturbkit.audit.opening.predictions import open_predictions
 from perturbkit.audit.subject import Subject, point_weights
 from perturbkit.core import Oracle, checks, unwrap_output
+from perturbkit.core.watch import DeadlineError
 
 __all__ = ["open_subject"]
 
@@ -178,7 +179,7 @@ def _first_scores(model: OpenedModel, data: OpenedData, oracle: Oracle) -> Tenso
         else:
             assert data.x is not None
             scores = oracle(data.x[:2])
-    except checks.ModelError:
+    except (checks.ModelError, DeadlineError):
         raise
     except (Exception, SystemExit) as error:
         shape = "texts" if data.x is None else f"an input of shape {tuple(data.x[:2].shape)}"
@@ -321,7 +322,8 @@ def _classes(
 
 def _check_bounds(subject: Subject) -> None:
     if subject.bounds is not None and subject.x is not None:
-        low, high = float(subject.x.min()), float(subject.x.max())
+        there = subject.x[~torch.isnan(subject.x)]
+        low, high = float(there.min()), float(there.max())
         if low < subject.bounds[0] or high > subject.bounds[1]:
             raise checks.DataError(
                 f"{subject.data_name} has values from {low:.4g} to {high:.4g}; allowed: the range "

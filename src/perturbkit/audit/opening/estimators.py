@@ -10,13 +10,17 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from perturbkit.audit.opening import tables
 from perturbkit.audit.opening._opened import OpenedData, OpenedModel, first_line
-from perturbkit.audit.subject import TextModel
+from perturbkit.audit.subject import TextModel, missing_cells
 from perturbkit.core import checks
 
 NO_GRADIENT = "a scikit-learn estimator answers scores and no gradients. Pass a differentiable model as a PyTorch module to have it"
+# Rows that a model is asked about to learn whether it takes missing cells.
+_PROBED = 4
 # Plain data and classes of scikit-learn that skops does not list; the trees among them are checked once loaded.
 _TRUSTED = {
+    "numpy.dtype",  # read from the header of an empty array
     "sklearn.tree._tree.Tree",
     "sklearn.ensemble._hist_gradient_boosting.predictor.TreePredictor",
     "sklearn.neural_network._stochastic_optimizers.AdamOptimizer",
@@ -134,7 +138,59 @@ class _Asked:
                 f"the model was fitted on {wanted} columns, but {data.name} has {data.x.shape[1]} ("
                 f"{', '.join(data.feature_names[:8])}); allowed: the same columns in the same order. Drop or add columns."
             )
-        return self, []
+        return self, [] if data.x is None or data.x.ndim != 2 else self._missing(data)
+
+    def _missing(self, data: OpenedData) -> list[str]:
+        """Ask about rows with missing cells, column by column and as they stand; refuse what is not answered."""
+        x = data.x
+        assert x is not None
+        names = data.feature_names
+        counts = missing_cells(x, names, data.categories)
+        if not counts:
+            return []
+        blank = torch.full((x.shape[1],), torch.nan, dtype=x.dtype)
+        for place, legal in data.categories.items():
+            blank[place] = len(legal) - 1
+        absent = torch.isnan(x)
+        for place in data.categories:
+            absent[:, place] = (x[:, place] == blank[place]) & (names[place] in counts)
+        affected = absent.any(0)
+        whole = x[:_PROBED].nan_to_num(0.0)
+        whole[:, affected] = x.masked_fill(absent, torch.nan).nanmean(0).nan_to_num(0.0)[affected]
+        whole[:, list(data.categories)] = 0.0
+        columns = torch.arange(x.shape[1])
+        why = {
+            names[i]: self._refusal(torch.where(columns == i, blank, whole)) for i in affected.nonzero()[:, 0].tolist()
+        }  # fmt: skip
+        together = torch.cat([x[absent.any(1)][:_PROBED], torch.where(affected, blank, whole[:1])])
+        refused = {name: said for name, said in why.items() if said} or {"": self._refusal(together)}
+        name, said = next(iter(refused.items()))
+        if said:
+            kind = type(self.model).__name__
+            where = f" in column {name!r}" if name else ""
+            raise checks.DataError(
+                f"{data.name} holds {sum(counts.values())} missing cells ({tables.counted(counts)}), and the model {kind} takes "
+                f"none{where} ({said}); allowed: missing cells where the model takes them. Put what fills them before the "
+                "model, as in make_pipeline(SimpleImputer(), model), or remove these rows."
+            )
+        told = [
+            f"Missing cells ({tables.counted(counts)}) stay as they are: the attack, the certificate and the explanations change "
+            "only what is there, and damage that loses values empties cells of these columns."
+        ]
+        held = [names[i] for i in data.categories if names[i] in counts]
+        if held:
+            told.append(f"{', '.join(held[:6])}: what is missing is a category of its own.")
+        return told
+
+    def _refusal(self, x: Tensor) -> str:
+        """Return why the model does not answer rows, empty where it does."""
+        try:
+            answers = self(x)
+        except checks.PerturbkitError:
+            raise
+        except Exception as error:
+            return f"{type(error).__name__}: {first_line(error)}"
+        return "" if bool(torch.isfinite(answers).all()) else "it answers NaN"
 
     def __call__(self, x: Tensor) -> Tensor:
         values = x.detach().cpu().numpy().astype(np.float64, copy=False)

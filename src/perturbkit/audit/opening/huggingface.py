@@ -145,7 +145,8 @@ def _text_model(path: Path, module: Any) -> TextModel:
             for i in ids
         ]
 
-    return TextModel(predict, tokenize, table, from_embeddings, decode)
+    unknown = tokenizer.unk_token_id
+    return TextModel(predict, tokenize, table, from_embeddings, decode, unknown, longest)
 
 
 # -- images -----------------------------------------------------------------------------------------------------

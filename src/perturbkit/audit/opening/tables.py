@@ -153,35 +153,45 @@ def numbers(data: OpenedData, model: OpenedModel) -> OpenedData:
         categories[place] = legal
     table = torch.as_tensor(np.stack(columns, 1))
     names = tuple(map(str, frame.columns))
-    finite(table, data.name, names, own=model.takes_frames)
+    finite(table, data.name, names, missing=model.takes_frames)
     if categories:
         held = _listed([names[i] for i in categories])
         data.remarks.append(
-            f"{held}: categories, held as they are by the attack, the certificate and the damage; explanations put the "
-            "commonest value in their place."
+            f"{held}: categories. The attack swaps them for other values seen, which is counted apart from its radius; the "
+            "certificate and the damage hold them; explanations put the commonest value in their place."
         )
     data.x, data.feature_names, data.categories = table, names, categories
     return data
 
 
-def finite(values: Tensor, where: Any, names: tuple[str, ...] | None, *, own: bool = False) -> None:
-    """Refuse values that are missing or infinite; ``own``: where a pipeline might fill them by itself.
+def finite(values: Tensor, where: Any, names: tuple[str, ...] | None, *, missing: bool = False) -> None:
+    """Refuse values that are infinite or, unless ``missing``, not there: an estimator is asked itself about these.
 
     Raises
     ------
     DataError
-        With the first column that has one.
+        With the columns that have one.
     """
-    bad = ~torch.isfinite(values)
+    bad = torch.isinf(values) if missing else ~torch.isfinite(values)
     if bool(bad.any()):
-        place = ""
-        if names is not None:
-            place = f", the first in column {names[int(bad.any(0).nonzero()[0, 0])]!r}"
+        counts = {} if names is None else dict(zip(names, bad.sum(0).tolist(), strict=True))
+        place = f": {counted(counts)}" if counts else ""
         raise checks.DataError(
-            f"{where} holds {int(bad.sum())} NaN, missing or infinite values{place}; allowed: finite numbers. "
-            + ("Remove or impute them first, also where the pipeline would: what is missing cannot be changed a little."
-               if own else "Remove or impute them as you do before the model.")
+            f"{where} holds {int(bad.sum())} {'infinite' if missing else 'NaN, missing or infinite'} values{place}; allowed: "
+            + ("numbers and missing cells. Remove or correct them." if missing else "finite numbers. Remove or impute them as "
+               "you do before the model; with a scikit-learn pipeline that imputes, missing numbers are taken as they are.")
         )  # fmt: skip
+
+
+def counted(counts: dict[str, int]) -> str:
+    """Write counts by column, the largest first."""
+    order = sorted((c for c in counts.items() if c[1]), key=lambda c: -c[1])
+    shown = ", ".join(f"{n} in column {name!r}" for name, n in order[:6])
+    return (
+        shown
+        if len(order) <= 6
+        else f"{shown} and {sum(n for _, n in order[6:])} in {len(order) - 6} more columns"
+    )
 
 
 def _read_csv(path: Path) -> Any:
@@ -218,7 +228,7 @@ def _numeric(values: Any) -> bool:
 
 
 def _categories(values: Any, where: str, name: str) -> tuple[np.ndarray, Any]:
-    """Return the place of each value among the legal ones, and those, in the column's own type."""
+    """Return the place of each value among the legal ones, and those, in the column's own type; what is missing is the last."""
     import pandas as pd
 
     if pd.api.types.is_datetime64_any_dtype(values) or pd.api.types.is_timedelta64_dtype(values):
@@ -226,20 +236,19 @@ def _categories(values: Any, where: str, name: str) -> tuple[np.ndarray, Any]:
             f"{where} has dates in column {name!r}; allowed: numbers and categories. Turn it into numbers "
             "(days since a date, month, weekday) before the model."
         )
-    if bool(values.isna().any()):
-        raise checks.DataError(
-            f"{where} holds {int(values.isna().sum())} missing values in column {name!r}; allowed: none. Remove these rows "
-            "or give the missing a value of its own."
-        )
-    legal = tuple(sorted(values.unique(), key=str))
+    absent = values.isna().to_numpy(dtype=bool)
+    legal = tuple(sorted(values[~absent].unique(), key=str))
     if len(legal) > max(20, _MOST_DISTINCT * len(values)):
         raise checks.DataError(
             f"{where} has {len(legal)} different texts among {len(values)} rows in column {name!r}; allowed: categories "
             "that recur. Drop free text, or pass it alone with --task text."
         )
     place = {value: i for i, value in enumerate(legal)}
-    codes = np.array([place[v] for v in values], dtype=np.float64)
-    return codes, pd.Series(list(legal), dtype=values.dtype)
+    codes = np.array(
+        [len(legal) if gone else place[v] for v, gone in zip(values, absent, strict=True)], dtype=np.float64
+    )
+    gone = [values[absent].iloc[0]] if absent.any() else []
+    return codes, pd.Series([*legal, *gone], dtype=values.dtype)
 
 
 def _listed(names: list[str]) -> str:

@@ -14,10 +14,11 @@ from perturbkit.audit import _figures
 from perturbkit.audit._intervals import median_interval, share_interval
 from perturbkit.audit._search import ScoreSearch, directions, nearest_of_another_answer
 from perturbkit.audit._text import edits_until_change
-from perturbkit.audit.context import MOVED, Context, Question
+from perturbkit.audit.context import MOVED, Context, Question, frozen_columns
 from perturbkit.audit.finding import Finding, Metric, Table
 from perturbkit.audit.request import AuditRequest
 from perturbkit.audit.subject import Subject
+from perturbkit.core.watch import DeadlineError
 from perturbkit.robust import fast_minimum_norm
 
 if TYPE_CHECKING:
@@ -32,6 +33,10 @@ TURNS = {
 }  # fmt: skip
 _SCREENS, _NEIGHBOURS = 4, 3
 _DIRECTIONS, _HALVINGS = 24, 8
+# Categories are swapped one by one for other values seen; beyond one, the best of so many beginnings go on.
+MOST_SWAPS = 3
+_BEGINNINGS = {"quick": 4, "standard": 8, "full": 16}
+_ENDINGS = {"quick": 16, "standard": 32, "full": 64}
 # A gradient attack misleads on a row where a search without gradients finds a change this much smaller.
 _MISLED = 0.5
 
@@ -44,7 +49,7 @@ def evaluations(subject: Subject, request: AuditRequest) -> int:
     scores_alone = _SCREENS + 2 * _NEIGHBOURS + 3 * TURNS[subject.task][request.profile] // 2 + 8
     if subject.has_gradient():
         return 3 * sides * STEPS[request.profile] + 1 + scores_alone
-    return _DIRECTIONS * _HALVINGS + scores_alone
+    return _DIRECTIONS * _HALVINGS + scores_alone + _swap_evaluations(subject, request)
 
 
 def run(context: Context) -> Finding:
@@ -77,7 +82,8 @@ def run(context: Context) -> Finding:
         finding = _finding(context, radius, right, method, control, rows)
     misled = _misled(context, radius[right], found["by gradient"][right])
     series = {**finding.series, "rows": rows.tolist(), "norm": request.norm, "references": ["rays"]}
-    return _with_misled(replace(finding, series=series), subject, misled)
+    finding = _with_misled(replace(finding, series=series), subject, misled)
+    return _with_swaps(context, finding, rows, right)
 
 
 def draw(finding: Finding) -> Figure:
@@ -85,6 +91,8 @@ def draw(finding: Finding) -> Figure:
     series = finding.series
     figure = _figures.survival(series["radius"], series["unit"], series["eps"])
     figure.axes[0].set_ylabel(series.get("kept", "rows still right"))
+    if "swaps" in series:
+        _draw_swaps(figure, series)
     return figure
 
 
@@ -99,14 +107,16 @@ def _radii(context: Context, rows: Tensor, generator: torch.Generator) -> dict[s
         return {"radius": radii, "right": right, "random": random, "by gradient": radii.clone()}
     asked = context.question(rows[right])
     by_gradient = torch.zeros_like(radii)
-    if subject.has_gradient():
+    if subject.has_gradient() and bool(asked.free.any()):
         radius, adversarial = _by_gradient(asked, request)
         by_gradient[right] = radius.double()
     else:
         radius, adversarial = _by_direction(asked, asked.z, asked.y, request.norm, generator)
     # A gradient that is flat or leads astray overstates the radius: every row is searched by scores as well.
     search = ScoreSearch(asked, radius, adversarial, request.norm)
-    search.towards(nearest_of_another_answer(context, rows[right], asked, _NEIGHBOURS))
+    if context.has_missing:
+        search.widest = _widest(asked, request.norm)
+    search.towards(nearest_of_another_answer(context.filled, rows[right], asked, _NEIGHBOURS))
     for direction in directions(asked.z, _SCREENS, request.norm, asked.free, generator):
         search.along(direction)
     search.refine(TURNS[subject.task][request.profile], generator)
@@ -286,7 +296,7 @@ def _random_change(asked: Question, radius: Tensor, norm: str, generator: torch.
     changed = torch.full((len(radius),), -1)
     if bool(found.any()):
         z = asked.z[found]
-        direction = directions(z, 1, norm, asked.free, generator)[0]
+        direction = directions(z, 1, norm, asked.free_of(found), generator)[0]
         moved = z + direction * radius[found].to(z.dtype).reshape(-1, *[1] * (z.ndim - 1))
         moved = moved if asked.bounds is None else moved.clamp(*asked.bounds)
         changed[found] = (asked.oracle(moved).argmax(1) != asked.y[found]).long()
@@ -300,13 +310,9 @@ def _by_direction(
     oracle, bounds = asked.oracle, asked.bounds
     drawn = directions(z, _DIRECTIONS, norm, asked.free, generator)
     many = z.expand_as(drawn)
-    movable = z[:, asked.free.bool()] if asked.free.shape == z.shape[1:] else z
-    if movable.numel() == 0:
+    if not bool(asked.free.any()):
         return z.new_full((len(z),), math.inf), z.clone()
-    largest = (
-        float(movable.max() - movable.min()) * (1.0 if norm == "linf" else math.sqrt(movable[0].numel()))
-        or 1.0
-    )
+    largest = _widest(asked, norm)
     low, high = z.new_zeros(drawn.shape[:2]), z.new_full(drawn.shape[:2], largest)
     shape = (*drawn.shape[:2], *[1] * (z.ndim - 1))
 
@@ -329,6 +335,218 @@ def _by_direction(
     radius = high[best, columns]
     moved = at(torch.where(torch.isfinite(high), high, 0.0))[best, columns]
     return radius, moved
+
+
+def _widest(asked: Question, norm: str) -> float:
+    """Return the size of the widest change that makes sense: across all values that may change, in every column."""
+    n = int(asked.free.expand_as(asked.z).bool().any(0).sum())
+    return (asked.span or 1.0) * (1.0 if norm == "linf" else math.sqrt(max(n, 1)))
+
+
+# -- categories -------------------------------------------------------------------------------------------------
+
+
+def _swappable(subject: Subject, frozen: Tensor) -> list[tuple[int, int]]:
+    """Return the swaps that are legal: a column of categories that is not frozen, and a value seen in it."""
+    found = []
+    for column, values in subject.legal.items():
+        there = len(values) - int(len(values) > 0 and bool(values.isna().iloc[-1]))
+        if there > 1 and not (len(frozen) and bool(frozen[column])):
+            found += [(column, value) for value in range(there)]
+    return found
+
+
+def _swap_evaluations(subject: Subject, request: AuditRequest) -> int:
+    """Return how many rows are evaluated to find the fewest swaps of one row."""
+    n = len(_swappable(subject, frozen_columns(subject, request))) if subject.legal else 0
+    more = (MOST_SWAPS - 1) * _BEGINNINGS[request.profile] * min(n, _ENDINGS[request.profile])
+    return n + more + 1 if n else 0
+
+
+def _with_swaps(context: Context, finding: Finding, rows: Tensor, right: Tensor) -> Finding:
+    """Add how many categories must be swapped for other values seen before the answer changes."""
+    subject, request = context.subject, context.request
+    if not subject.legal or not _swappable(subject, context.frozen):
+        return finding
+    asked = rows[right]
+    try:
+        done, found = context.chunks(
+            "attack categories", asked, lambda part, generator: _swapped(context, part, generator),
+            _swap_evaluations(subject, request),
+        )  # fmt: skip
+    except DeadlineError:
+        limits = " How many categories must be swapped was not measured: the time budget was spent."
+        return replace(finding, does_not_show=finding.does_not_show + limits)
+    swaps, n = found["swaps"].numpy(), len(done)
+    one, some = swaps == 1, np.isfinite(swaps)
+    (one_low, one_high), (low, high) = share_interval(one), share_interval(some)
+    a, b = median_interval(swaps)
+    random, alone = float(found["random"].double().mean()), float(found["alone"].mean())
+    how = f"cells of categories swapped for other values seen, best first, at most {MOST_SWAPS}"
+    metrics = (
+        Metric("categories.radius.median", float(np.median(swaps)), a, b, n, how),
+        Metric("categories.changed", float(some.mean()), low, high, n, how, random),
+        Metric(
+            "categories.changed.one", float(one.mean()), one_low, one_high, n, "one cell swapped, all values tried", alone
+        ),
+    )  # fmt: skip
+    verb = "moves the answer as far" if subject.regression else "changes the answer"
+    told = (
+        f" Swapping one category for another value seen in the data {verb} on {one.mean():.0%} of the rows (a random swap: "
+        f"{alone:.0%}), and at most {MOST_SWAPS} on {some.mean():.0%} (as many at random: {random:.0%})."
+    )
+    numbers, texts = [math.nan] * len(rows), [""] * len(rows)
+    for place, row in enumerate(right.nonzero()[:, 0][done].tolist()):
+        numbers[row], texts[row] = float(swaps[place]), found["swapped"][place]
+    assert finding.table is not None
+    shown = tuple(
+        (*line, text if text or math.isnan(k) else f"none of {MOST_SWAPS}")
+        for line, text, k in zip(finding.table.rows, texts, numbers, strict=False)
+    )
+    kept = [None if math.isnan(k) else k for k in numbers]
+    series = {
+        **finding.series, "swaps": kept, "swapped": texts, "random changed": found["random"].tolist(),
+    }  # fmt: skip
+    return replace(
+        finding, status="weak" if one.mean() > 0.5 else finding.status, headline=finding.headline + told,
+        metrics=(*finding.metrics, *metrics), table=Table((*finding.table.columns, "categories swapped"), shown),
+        series=series,
+        does_not_show=finding.does_not_show + " Of categories, more than one swap was searched for and not tried out, so fewer may "
+        "do; whether a combination of values occurs was not asked; numbers were held meanwhile.",
+    )  # fmt: skip
+
+
+def _swapped(context: Context, rows: Tensor, generator: torch.Generator) -> dict[str, Any]:
+    """Find the fewest swaps of each row: one by trying all, more by going on from the best.
+
+    Returns, by name: the number of swaps, infinity where ``MOST_SWAPS`` did not do; what was swapped, in words; whether
+    as many random swaps change the answer, 0 or 1; and the share of all single swaps that change it.
+    """
+    subject, profile = context.subject, context.request.profile
+    assert subject.x is not None
+    x = subject.x[rows]
+    legal = _swappable(subject, context.frozen)
+    column, value = torch.tensor(legal).T
+    there = {c: v for c, v in legal}  # noqa: C416  # the last value of a column that is there
+    last = torch.tensor([there[c] for c in column.tolist()])
+    # What is missing is no value to swap, and a value for itself no swap.
+    allowed = (x[:, column] != value) & (x[:, column] <= last)
+    best, words = torch.full((len(rows),), math.inf, dtype=torch.float64), [""] * len(rows)
+    state, margins = x[:, None], torch.full(allowed.shape, math.inf, dtype=torch.float64)
+    used = torch.zeros(len(rows), 1, x.shape[1], dtype=torch.bool)
+    choice = torch.arange(len(legal)).expand(len(rows), -1)
+    alone = torch.zeros(len(rows), dtype=torch.float64)
+    for n in range(1, MOST_SWAPS + 1):
+        open_ = torch.isinf(best).nonzero()[:, 0]
+        swap = choice[open_]
+        # Every state of an open row with every swap of a column that it has not swapped yet: (rows, states, swaps).
+        fits = allowed[open_].gather(1, swap)[:, None] & ~used[open_].gather(
+            2, column[swap][:, None].expand(-1, state.shape[1], -1)
+        )
+        tried = state[open_][:, :, None].expand(-1, -1, swap.shape[1], -1).clone()
+        tried.scatter_(
+            3, column[swap][:, None, :, None].expand(*fits.shape, 1),
+            value[swap][:, None, :, None].expand(*fits.shape, 1).to(tried),
+        )  # fmt: skip
+        found = torch.full(fits.shape, math.inf, dtype=torch.float64)
+        if bool(fits.any()):
+            which = rows[open_][:, None, None].expand(fits.shape)[fits]
+            found[fits] = _lead(context, tried[fits], which)
+        lead, place = found.flatten(1).min(1)
+        if n == 1:
+            margins, alone = found[:, 0], ((found < 0) & fits).sum((1, 2)) / fits.sum((1, 2)).clamp_min(1)
+        for i, k in zip((lead < 0).nonzero()[:, 0].tolist(), place[lead < 0].tolist(), strict=True):
+            row, (s, t) = int(open_[i]), divmod(k, swap.shape[1])
+            best[row], words[row] = n, _in_words(subject, x[row], tried[i, s, t])
+        if n == MOST_SWAPS or not bool(torch.isinf(best).any()):
+            break
+        # The states that lead least go on, with the swaps that led least alone.
+        order = found.flatten(1).argsort(1)[:, : _BEGINNINGS[profile]]
+        s, t = order // swap.shape[1], order % swap.shape[1]
+        lines = torch.arange(len(open_))[:, None]
+        next_state = x[:, None].expand(-1, order.shape[1], -1).clone()
+        next_used = torch.ones(len(rows), order.shape[1], x.shape[1], dtype=torch.bool)
+        next_state[open_] = tried[lines, s, t]
+        gone = used[open_][lines, s].scatter(2, column[swap.gather(1, t)][..., None], True)
+        next_used[open_] = gone | torch.isinf(found.flatten(1).gather(1, order))[..., None]
+        state, used = next_state, next_used
+        choice = margins.argsort(1)[:, : _ENDINGS[profile]] if n == 1 else choice
+    wanted = torch.where(torch.isfinite(best), best, MOST_SWAPS).long()
+    random = _lead(context, _random_swaps(x, column, value, allowed, wanted, generator), rows) < 0
+    return {"swaps": best, "swapped": words, "random": random.long(), "alone": alone}
+
+
+def _lead(context: Context, x: Tensor, rows: Tensor) -> Tensor:
+    """Return by how much each answer is still that of its row, in scores; below zero where it has changed."""
+    subject = context.subject
+    assert subject.oracle is not None
+    scores = subject.oracle(x).double()
+    if subject.point is not None:
+        lead = context.moved - (scores @ subject.point - subject.predictions()[rows]).abs()
+        return torch.where(lead < 0, lead, lead.clamp_min(1e-300))
+    label = subject.y[rows][:, None]
+    others = scores.scatter(1, label, -math.inf).amax(1)
+    lead = scores.gather(1, label)[:, 0] - others
+    # Of equal scores the first is the answer.
+    changed = scores.argmax(1) != label[:, 0]
+    tiny = torch.finfo(torch.float64).tiny
+    return torch.where(changed, lead.clamp_max(-tiny), lead.clamp_min(tiny))
+
+
+def _random_swaps(
+    x: Tensor, column: Tensor, value: Tensor, allowed: Tensor, wanted: Tensor, generator: torch.Generator
+) -> Tensor:
+    """Swap as many columns as wanted, drawn at random with their new values, in each row."""
+    order = torch.rand(allowed.shape, generator=generator).masked_fill(~allowed, 2.0).argsort(1)
+    changed, count = x.clone(), torch.zeros_like(wanted)
+    taken = torch.zeros(x.shape, dtype=torch.bool)
+    lines = torch.arange(len(x))
+    for k in range(order.shape[1]):
+        swap = order[:, k]
+        where = column[swap]
+        take = allowed[lines, swap] & ~taken[lines, where] & (count < wanted)
+        changed[lines[take], where[take]] = value[swap[take]].to(x)
+        taken[lines[take], where[take]] = True
+        count += take
+    return changed
+
+
+def _in_words(subject: Subject, before: Tensor, after: Tensor) -> str:
+    """Say which categories were swapped for which."""
+    said = []
+    for column, values in subject.legal.items():
+        a, b = int(before[column]), int(after[column])
+        if a != b:
+            said.append(f"{subject.feature_names[column]}: {values.iloc[a]} to {values.iloc[b]}")
+    return "; ".join(said)
+
+
+def _draw_swaps(figure: Figure, series: dict[str, Any]) -> None:
+    """Add the share of rows still right against the categories swapped."""
+    grid = figure.add_gridspec(1, 2, width_ratios=(3, 2))
+    figure.set_size_inches(7.2, figure.get_size_inches()[1])
+    figure.axes[0].set_subplotspec(grid[0])
+    ax = figure.add_subplot(grid[1])
+    swaps = np.array([k for k in series["swaps"] if k is not None], dtype=float)
+    steps = np.arange(MOST_SWAPS + 1)
+    ax.plot(
+        steps,
+        [(swaps > k).mean() for k in steps],
+        color=_figures.ACCENT,
+        marker="o",
+        ms=4,
+        label="best first",
+    )
+    kept = 1 - float(np.mean(series["random changed"]))
+    ax.axhline(kept, color=_figures.MUTED, ls="--", lw=1, label="as many at random")
+    ax.set_xticks(steps)
+    ax.set_ylim(0, 1.05)
+    ax.set_xlabel("categories swapped")
+    ax.legend(frameon=False, fontsize=7)
+    _figures._tidy(ax)
+
+
+# -- texts ------------------------------------------------------------------------------------------------------
 
 
 def _text(context: Context) -> Finding:

@@ -151,7 +151,17 @@ def _damaged_scores(
     assert chosen.oracle is not None
     assert chosen.x is not None
     scale = None if chosen.task == "image" else context.scale
-    damaged = corrupt(chosen.x, kind, severity, scale=scale, generator=generator)
-    if len(chosen.held):
-        damaged = torch.where(chosen.held, chosen.x, damaged)
+    absent = context.subject.missing()
+    if absent is None:
+        damaged = corrupt(chosen.x, kind, severity, scale=scale, generator=generator)
+    else:
+        there = torch.isfinite(chosen.x)
+        whole = torch.where(there, chosen.x, context.subject.means())
+        damaged = corrupt(whole, kind, severity, scale=scale, generator=generator)
+        if kind == "missing":
+            # A model that takes empty cells in a column meets them there, and no mean in their place.
+            damaged = damaged.masked_fill((damaged != whole) & absent.any(0), torch.nan)
+        damaged = damaged.masked_fill(~there, torch.nan)
+    if len(context.fixed):
+        damaged = torch.where(context.fixed, chosen.x, damaged)
     return chosen.oracle(damaged)

@@ -15,7 +15,8 @@ from perturbkit.audit._intervals import bootstrap
 from perturbkit.audit.context import Attributions, Context
 from perturbkit.audit.finding import Finding, Metric, Table
 from perturbkit.audit.request import AuditRequest
-from perturbkit.audit.subject import Subject
+from perturbkit.audit.subject import Derived, Subject
+from perturbkit.explain import DefaultRemoval, Prediction, RemovalExplainer, Shapley, occlusion
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -47,7 +48,7 @@ def run(context: Context) -> Finding:
             "weak",
             "Nothing matters to the model: removing any part leaves its answers as they are.",
         )
-    elif all(np.isnan(r).all() for r in ranks.values()):
+    elif max(lengths) < 3:
         headline = "There are fewer than three parts to an input, too few to compare two maps."
     elif "agreement" in ranks and np.isnan(ranks["agreement"]).all():
         status = "weak"
@@ -93,6 +94,30 @@ def _first(context: Context, found: Attributions) -> str:
     return f" First comes {attributions.part_name(found, first)}, with {float(shares[first]):.0%} of what matters."
 
 
+def attribute_present(context: Context) -> Attributions:
+    """Explain rows of a table of which some cells are missing: these stay so, and the others are explained around them.
+
+    A missing cell has no part in an answer that removing it could show, so its attribution is zero.
+    """
+    subject = context.subject
+    rows = context.correct_rows(context.rows["explain"])
+    done, maps = context.chunks(
+        "explain", rows, lambda part, generator: _present_maps(context, part, generator), evaluations(subject, context.request)
+    )  # fmt: skip
+    shape = (len(rows), len(subject.feature_names))
+    maps["random"] = torch.rand(shape, generator=context.generator("random map"), dtype=torch.float64)[done]
+    rows = rows[done]
+    assert subject.x is not None
+    x, baseline = subject.x[rows], _baseline(subject)
+
+    def keep(i: int, kept: Tensor) -> Tensor:
+        return torch.where(kept | torch.isnan(x[i]), x[i], baseline)
+
+    target = torch.zeros_like(rows) if subject.regression else subject.predictions()[rows]
+    papers = {"Shapley sampling": "removal_framework", "occlusion": "occlusion"}
+    return Attributions(rows, target, maps, [list(subject.feature_names)] * len(rows), keep, None, papers)
+
+
 def draw(finding: Finding) -> Figure:
     """Heat maps over the images, coloured words, or bars over columns."""
     series = finding.series
@@ -101,6 +126,53 @@ def draw(finding: Finding) -> Figure:
     if series["kind"] == "text":
         return _figures.coloured_words(series["cells"], series["maps"], series["titles"])
     return _figures.grouped_bars(series["names"], series["means"])
+
+
+def _present_maps(context: Context, rows: Tensor, generator: torch.Generator) -> dict[str, Tensor]:
+    """Explain rows that miss the same cells together, as inputs of the cells that are there."""
+    subject = context.subject
+    assert subject.x is not None
+    x, baseline = subject.x[rows], _baseline(subject)
+    target = torch.zeros_like(rows) if subject.regression else subject.predictions()[rows]
+    maps = {m: torch.zeros(x.shape, dtype=torch.float64) for m in ("Shapley sampling", "occlusion")}
+    patterns, which = (~torch.isnan(x)).unique(dim=0, return_inverse=True)
+    for number, there in enumerate(patterns):
+        if not bool(there.any()):
+            continue
+        same, columns = (which == number).nonzero()[:, 0], there.nonzero()[:, 0]
+        oracle, cells, blank = _around_missing(subject, columns), x[same][:, columns], baseline[columns]
+        explainer = RemovalExplainer(
+            DefaultRemoval(blank), Prediction(), Shapley(attributions.SHAPLEY_ORDERS)
+        )
+        sampled = explainer.attribute(oracle, cells, target[same], generator=generator)
+        removed = occlusion(oracle, cells, target[same], window=1, baseline=blank.expand_as(cells))
+        where = same[:, None], columns[None]
+        maps["Shapley sampling"][where] = sampled.values.double()
+        maps["occlusion"][where] = removed.values.double()
+    return maps
+
+
+def _around_missing(subject: Subject, columns: Tensor) -> Derived:
+    """Return the model as a function of some columns, all others missing."""
+    assert subject.oracle is not None
+    assert subject.x is not None
+    point, width = subject.point, subject.x.shape[1]
+
+    def insert(z: Tensor) -> Tensor:
+        whole = z.new_full((len(z), width), torch.nan)
+        whole[:, columns] = z
+        return whole
+
+    return Derived(
+        subject.oracle, before=insert, after=None if point is None else lambda out, _: out @ point.to(out)[:, None]
+    )  # fmt: skip
+
+
+def _baseline(subject: Subject) -> Tensor:
+    """Return what stands for "taken away": the mean of what is there in a column; of categories the commonest."""
+    assert subject.x is not None
+    commonest = subject.x.mode(0).values
+    return torch.where(subject.held, commonest, subject.means()) if len(subject.held) else subject.means()
 
 
 def _agreement(a: Tensor, b: Tensor, lengths: list[int]) -> np.ndarray:

@@ -173,7 +173,7 @@ def _attack_smoothed(context: Context, rows: Tensor, sigma: float) -> Tensor:
     z, y = asked.z, asked.y
     radius = torch.full((len(z),), math.inf, dtype=torch.float64)
     # Where the gradient leads nowhere, the way to a neighbour of another answer does.
-    nearest = nearest_of_another_answer(context, rows, asked, 1)[0]
+    nearest = nearest_of_another_answer(context.filled, rows, asked, 1)[0]
     ways: list[tuple[Tensor, tuple[float, ...]]] = [((nearest - z) * asked.free, _WAY)]
     if subject.has_gradient():
         ways.insert(0, (_by_mean_probability(context, z, y, sigma, generator), _LONGER))

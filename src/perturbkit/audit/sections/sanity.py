@@ -13,6 +13,7 @@ from perturbkit.audit._intervals import bootstrap, share_interval
 from perturbkit.audit._numbers import answers_against_targets, mean_absolute, r_squared, root_mean_square
 from perturbkit.audit.context import Context
 from perturbkit.audit.finding import Finding, Metric, Table
+from perturbkit.audit.opening.tables import counted
 from perturbkit.audit.request import AuditRequest
 from perturbkit.audit.subject import Subject
 
@@ -24,7 +25,10 @@ NEEDS_MODEL = ""
 TWICE, ALONE, GRADIENT = "same answer twice", "same answer alone and in a batch", "gradient reaches the input"
 ANSWERED, DEPENDS, SEVERAL = "an answer to every row", "answers depend on the input", "more than one answer"
 ORDER, COMMONEST = "labels in the order of the outputs", "better than one answer for all"
+KNOWN, WHOLE = "words known to the tokenizer", "texts read to their end"
 _MOST_CLASSES = 1000
+# Of tokens that a tokenizer does not know: subwords and bytes leave next to none, and a list of words a few.
+_UNKNOWN = 0.1
 
 
 def evaluations(subject: Subject, request: AuditRequest) -> int:
@@ -153,16 +157,51 @@ def _model_rows(context: Context) -> list[tuple[str, str, str]]:
             _mark(batch_gap <= 1e-3 * size),
         ),
         _gradient(subject),
+        *_reading(subject),
     ]
     if subject.x is not None:
-        low, high = float(subject.x.min()), float(subject.x.max())
+        there = subject.x[torch.isfinite(subject.x)]
+        low, high = (float(there.min()), float(there.max())) if len(there) else (0.0, 0.0)
         allowed = (
             "no range stated"
             if subject.bounds is None
             else f"allowed {subject.bounds[0]:g} to {subject.bounds[1]:g}"
         )
         rows.append(("input range", f"{low:.4g} to {high:.4g}, {allowed}", "passed"))
+        rows.extend(_missing(subject))
+        if context.request.frozen:
+            rows.append(("frozen columns", ", ".join(context.request.frozen), "noted"))
     return rows
+
+
+def _missing(subject: Subject) -> list[tuple[str, str, str]]:
+    """Say how many cells of a table are missing, and in which columns."""
+    counts = subject.missing_by_column()
+    if not counts:
+        return []
+    assert subject.x is not None
+    found = f"{sum(counts.values())} of {subject.x.numel()} cells: {counted(counts)}"
+    return [("missing cells", found, "noted")]
+
+
+def _reading(subject: Subject) -> list[tuple[str, str, str]]:
+    """Say what of the texts reaches the model: tokens it knows, and texts that it reads to their end."""
+    reader = subject.text_model
+    if reader is None or reader.tokenize is None or reader.unknown is None or reader.longest is None:
+        return []
+    unknown, tokens, full = 0, 0, 0
+    texts = subject.texts or []
+    for start in range(0, len(texts), 256):
+        ids, mask = reader.tokenize(texts[start : start + 256])
+        unknown += int(((ids == reader.unknown) & mask.bool()).sum())
+        tokens += int(mask.sum())
+        full += int((mask.sum(1) >= reader.longest).sum())
+    share = unknown / max(tokens, 1)
+    return [
+        (KNOWN, f"{share:.0%} of the tokens are unknown", _mark(share <= _UNKNOWN)),
+        (WHOLE, f"{full} of {len(texts)} texts are cut at {reader.longest} tokens" if full else "yes",
+         "noted" if full else "passed"),
+    ]  # fmt: skip
 
 
 def _gradient(subject: Subject) -> tuple[str, str, str]:
@@ -223,6 +262,7 @@ def _told(rows: list[tuple[str, str, str]]) -> str:
         ALONE: "Its answer depends on the other rows of a batch: {}.",
         GRADIENT: "Its gradient vanishes: {}.",
         ANSWERED: "Some rows have no answer: {}.",
+        KNOWN: "Much of the texts does not reach it: {}; is this the tokenizer that it was trained with?",
         COMMONEST: "It is not clearly better than answering the same always: {}.",
     }
     return "".join(

@@ -103,9 +103,10 @@ def run(context: Context) -> Finding:
     else:
         told = f"On none of {len(slices)} slices is the model worse than on the rest beyond what chance explains in {len(compared)} comparisons."
     metrics = (
-        Metric("worse", float(len(worse)), None, None, len(compared), f"comparisons with a corrected p below {LEVEL:g} (Holm) and an interval below 0", 0.0),
+        Metric("worse", float(len(worse)), *_worse_between(len(worse), compared), len(compared), f"comparisons with a corrected p below {LEVEL:g} (Holm) and an interval below 0", 0.0),
         Metric("p.least", min(corrected), None, None, len(compared), "smallest p, corrected for all comparisons"),
     )  # fmt: skip
+    most = metrics[0].high or 0.0
     covered = "coverage of sets" in quantities
     shown = [compared[i] for i in order[:10]]
     return Finding(
@@ -117,7 +118,8 @@ def run(context: Context) -> Finding:
             "references": ["holm", "conformal_intervals"] if covered and subject.regression else ["holm"],
         },
         f"That the others are as good: on few rows only large gaps stand out, and slices of two columns at once were not tried. "
-        f"A slice may be harder rather than the model worse. Intervals hold together for all {len(compared)} comparisons at 95 %.",
+        f"A slice may be harder rather than the model worse. Intervals hold together for all {len(compared)} comparisons at 95 %: the "
+        f"model is truly worse, by however little, in {len(worse)} of them or more, and not in more than {most:.0f}.",
         papers=("split_conformal",) if covered and not subject.regression else (),
     )  # fmt: skip
 
@@ -190,11 +192,14 @@ def _slices(context: Context) -> Iterator[tuple[str, np.ndarray]]:
         labels = subject.y.numpy()
         for c in np.unique(labels).tolist():
             yield f"label is {subject.classes[c]}", labels == c
+    names = _values(subject)
     for name, values in _features(subject):
-        if len(np.unique(values)) <= 2 or name in _held(subject):
-            found = np.unique(values)
+        if np.isnan(values).any():
+            yield f"{name} is missing", np.isnan(values)
+        found = np.unique(values[~np.isnan(values)])
+        if len(found) <= 2 or name in names:
             for v in found.tolist() if len(found) <= _MOST_VALUES else []:
-                yield f"{name} is {v:g}", values == v
+                yield f"{name} is {names[name][int(v)] if name in names else f'{v:g}'}", values == v
         else:
             yield from _ranges(name, values)
 
@@ -209,13 +214,17 @@ def _features(subject: Subject) -> Iterator[tuple[str, np.ndarray]]:
         yield from zip(subject.feature_names, subject.x.double().numpy().T, strict=True)
 
 
-def _held(subject: Subject) -> set[str]:
-    return {n for n, h in zip(subject.feature_names, subject.held.tolist(), strict=False) if h}
+def _values(subject: Subject) -> dict[str, list[str]]:
+    """Return the values of each column of categories as text, in the order of their numbers."""
+    return {
+        subject.feature_names[place]: ["missing" if gone else str(v) for v, gone in zip(values, values.isna(), strict=True)]
+        for place, values in subject.legal.items()
+    }  # fmt: skip
 
 
 def _ranges(name: str, values: np.ndarray) -> Iterator[tuple[str, np.ndarray]]:
     """Yield the lowest and highest quarter and the middle half."""
-    low, high = np.quantile(values, (0.25, 0.75))
+    low, high = np.quantile(values[~np.isnan(values)], (0.25, 0.75))
     if not low < high:
         return
     yield f"{name} below {low:.3g}", values < low
@@ -249,6 +258,15 @@ def _compare(name: str, inside: np.ndarray, quantity: str, values: np.ndarray, a
     middle = float(np.median(x)), float(np.median(y))
     ends = median_interval(x, among=among, least=least), median_interval(y, among=among, least=least)
     return _Compared(name, f"median {quantity}", len(a), *middle, *_difference(*middle, *ends), p)
+
+
+def _worse_between(found: int, compared: list[_Compared]) -> tuple[float, float]:
+    """Return the 95 % interval of the number of comparisons in which the model is truly worse, by however little.
+
+    All intervals of differences hold together at 95 %. Then whatever is below zero as a whole is truly worse, and ``found``
+    counts no other; and nothing that is zero or above as a whole can be worse, so that all the others are the most.
+    """
+    return float(found), float(sum(c.low < 0 for c in compared))
 
 
 def _difference(

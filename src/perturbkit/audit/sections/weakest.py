@@ -183,13 +183,16 @@ def _inputs(context: Context, i: int) -> tuple[str, ...]:
         return (text if len(text) <= _TEXT else text[: _TEXT - 1] + "…",)
     if subject.task != "tabular" or subject.x is None:
         return ()
-    far = (subject.x[i] - subject.x.mean(0)) / context.scale
+    far = ((subject.x[i] - subject.means()) / context.deviation).nan_to_num(0.0)
     if len(subject.held):
         far = torch.where(subject.held, 0.0, far)
     names = far.abs().argsort(descending=True)[:_COLUMNS].tolist()
-    return (
-        ", ".join(
-            f"{subject.feature_names[j]} {float(subject.x[i, j]):.3g} ({float(far[j]):+.1f} sd)"
-            for j in names
-        ),
+    gone = torch.isnan(subject.x[i]).nonzero()[:, 0].tolist()
+    unusual = ", ".join(
+        f"{subject.feature_names[j]} {float(subject.x[i, j]):.3g} ({float(far[j]):+.1f} sd)"
+        for j in names
+        if far[j] != 0
     )
+    more = f" and {len(gone) - _COLUMNS} more" if len(gone) > _COLUMNS else ""
+    absent = f"missing: {', '.join(subject.feature_names[j] for j in gone[:_COLUMNS])}{more}" if gone else ""
+    return ("; ".join(part for part in (unusual, absent) if part),)

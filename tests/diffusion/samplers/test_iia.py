@@ -45,6 +45,24 @@ def test_zero_coefficients_give_ddim(schedule):
     assert found.cost.nfev == 9 * len(x)
 
 
+def test_given_coefficients_weigh_the_changes_of_data_and_noise():
+    d = Denoiser(lambda x, t: torch.tanh(x + t[:, None]), VP)
+    x, times = start(4, 3, VP), VP.times(5, t_end=0.1)
+    coefficients = torch.linspace(-0.3, 0.4, 10, dtype=torch.float64).reshape(5, 2)
+    expected, memory = x, None
+    for i, (s, t) in enumerate(zip(times[:-1].tolist(), times[1:].tolist(), strict=True)):
+        (a, b), (sigma, tau) = ((f(s), f(t)) for f in (VP.alpha, VP.sigma))
+        eps = d.eps(expected, s)
+        x0 = (expected - sigma * eps) / a
+        expected = b * x0 + tau * eps
+        if memory is not None:
+            expected = (
+                expected + coefficients[i, 0] * (x0 - memory[0]) + coefficients[i, 1] * (eps - memory[1])
+            )
+        memory = (x0, eps)
+    torch.testing.assert_close(sample_iia(d, x, times, coefficients).x, expected, rtol=1e-9, atol=1e-9)
+
+
 def test_zero_coefficients_give_heun():
     d = Denoiser(lambda x, t: torch.tanh(x + t[:, None]), EDM)
     x, times = start(4, 3, EDM), EDM.times(5, t_end=0.1)

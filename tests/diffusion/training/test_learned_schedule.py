@@ -115,6 +115,24 @@ def test_other_parts_have_their_closed_forms():
     torch.testing.assert_close(weighted["total"], sum(parts))
 
 
+@pytest.mark.parametrize("condition_dim", [0, 2])
+def test_slopes_by_hand_are_those_of_automatic_differentiation(condition_dim):
+    schedule, g = made(condition_dim=condition_dim), torch.Generator().manual_seed(6)
+    for weights in schedule.parameters():  # away from the start, clamped at some times and not at others
+        weights.data += 0.5 * randn(weights.shape, generator=g, like=weights)
+    schedule.fraction_course.level.data += 3.0
+    t = uniform((200, 1), generator=g, dtype=F64)
+    condition = data(200, condition_dim, seed=7) if condition_dim else None
+
+    def once(t):
+        return torch.func.jvp(lambda t: schedule.signal_fraction(t, condition), (t,), (torch.ones_like(t),))
+
+    (value, slope), (_, bend) = torch.func.jvp(once, (t,), (torch.ones_like(t),))
+    assert 0 < float((slope == 0).double().mean()) < 1
+    for found, expected in zip(schedule.with_slopes(t, condition), (value, slope, bend), strict=True):
+        torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-9)
+
+
 @pytest.mark.parametrize("order", [1, 2, 3, 5])
 def test_steepness_is_the_series_second_derivative(order):
     x0, g = data(40), torch.Generator().manual_seed(4)

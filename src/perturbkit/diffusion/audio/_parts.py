@@ -32,10 +32,11 @@ def langevin_step(
     The step is ``2 (snr |z| / |s|)^2``, with the norms of that row's noise and score.
     """
     s, z = score(x), like_noise(x, generator)
-    noise, size = (v.reshape(len(x), -1).abs().square().sum(1).sqrt() for v in (z, s))
+    noise, size = (torch.linalg.vector_norm(v.reshape(len(x), -1), dim=1) for v in (z, s))
     ratio = noise / size.clamp_min(1e-12)
     step = (2 * (snr * ratio) ** 2).reshape(-1, *[1] * (x.ndim - 1))
-    return x + step * s + (2 * step).sqrt() * z
+    root = (2 * step).sqrt()
+    return torch.addcmul(torch.addcmul(x, s, step.to(s.dtype)), z, root.to(z.dtype))
 
 
 def like_noise(x: Tensor, generator: torch.Generator) -> Tensor:

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from perturbkit.core import Cost, SampleResult, Schedule, checks
 from perturbkit.core.random import Seed, as_generator, randn, uniform
+from perturbkit.core.sampling import weighted
 from perturbkit.diffusion.audio._parts import check_grid, langevin_step
 from perturbkit.diffusion.audio._waves import WaveScoreNet, mel_spectrogram
 
@@ -283,10 +284,12 @@ class LinearSDE(Schedule):
             for i in range(len(grid) - 1):
                 h = float(grid[i] - grid[i + 1])
                 pull = diffusion[i] ** 2 * (0.5 if deterministic else 1.0)
-                x = x + h * (pull * at(float(grid[i]))(x) - drift[i] * x)
+                parts = [(1 - h * drift[i], x), (h * pull, at(float(grid[i]))(x))]
                 last = i == len(grid) - 2
                 if not (last or deterministic):
-                    x = x + diffusion[i] * math.sqrt(h) * randn(x.shape, generator=g, like=x)
+                    parts.append((diffusion[i] * math.sqrt(h), randn(x.shape, generator=g, like=x)))
+                x = weighted(*parts)
+                if not (last or deterministic):
                     for _ in range(corrector_steps):
                         x = langevin_step(x, at(float(grid[i + 1])), snr, g)
                 if callback is not None:

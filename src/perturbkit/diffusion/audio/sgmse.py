@@ -15,6 +15,7 @@ from torch import Tensor
 
 from perturbkit.core import Cost, SampleResult, checks
 from perturbkit.core.random import Seed, as_generator, uniform
+from perturbkit.core.sampling import weighted
 from perturbkit.diffusion.audio._parts import check_grid, langevin_step, like_noise, window
 
 __all__ = ["MeanRevertingDiffusion", "complex_stft", "complex_stft_inverse"]
@@ -212,9 +213,11 @@ class MeanRevertingDiffusion:
 
                 for _ in range(corrector_steps):
                     x = langevin_step(x, scored, snr, g)
-                x = x + h * (rates[i] ** 2 * scored(x) - self.stiffness * (y - x))
+                pull = h * self.stiffness
+                parts = [(1 + pull, x), (h * rates[i] ** 2, scored(x)), (-pull, y)]
                 if i < len(grid) - 2:
-                    x = x + rates[i] * math.sqrt(h) * like_noise(x, g)
+                    parts.append((rates[i] * math.sqrt(h), like_noise(x, g)))
+                x = weighted(*parts)
                 if callback is not None:
                     callback(i, x)
         return SampleResult(x, grid, Cost(nfev=calls * len(y)))

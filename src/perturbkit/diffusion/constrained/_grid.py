@@ -155,10 +155,7 @@ def reflected_bridge_grid(
         checks.positive(f"the sum of {name}", float(p.sum()))
     a, b = (p.double() / p.double().sum() for p in (p0, p1))
     s = torch.full((), sigma * math.sqrt(horizon), dtype=torch.float64, device=a.device)
-    kernels = []
-    for m in a.shape:
-        c = _centres(m, a.device)
-        kernels.append(log_prob_and_score(c[:, None], c, s)[0].exp() / m)
+    kernels = [_kernel(m, s) for m in a.shape]
     u, errors = torch.ones_like(a), []
     for _ in range(max_iter):
         v = _ratio(b, _applied(kernels, u), sigma)
@@ -169,7 +166,7 @@ def reflected_bridge_grid(
             break
         u = _ratio(a, reached, sigma)
     full = kernels[0] if a.ndim == 1 else torch.einsum("ik,jl->ijkl", *kernels)
-    plan = u.reshape(*u.shape, *[1] * a.ndim) * full * v
+    plan = (u.reshape(*u.shape, *[1] * a.ndim) * full).mul_(v)
     return BridgePlan(
         plan.to(p0.dtype),
         (u, v),
@@ -179,6 +176,19 @@ def reflected_bridge_grid(
         len(errors),
         errors[-1],
     )
+
+
+def _kernel(m: int, s: Tensor) -> Tensor:
+    """Return the masses that cells of one axis get from each other.
+
+    The folded density is one function of the difference of two centres and of their sum, even and of period 2: it is evaluated
+    at 2 m places rather than at m^2.
+    """
+    k = torch.arange(2 * m, device=s.device)
+    place = torch.minimum(k, 2 * m - k).double() / m
+    half = log_prob_and_score(place, torch.zeros_like(place), s)[0].exp() / (2 * m)
+    differences = half[torch.arange(1 - m, m, device=s.device).abs()].unfold(0, m, 1).flip(0)
+    return differences.add_(half[1:].unfold(0, m, 1))  # a copy since it was flipped
 
 
 def _centres(m: int, device: torch.device) -> Tensor:

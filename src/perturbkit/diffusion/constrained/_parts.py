@@ -144,7 +144,8 @@ def check_in_cube(name: str, x: Tensor) -> Tensor:
 
 def folded(x: Tensor) -> Tensor:
     """Fold without a check."""
-    return 1 - (1 - x.remainder(2)).abs()
+    # The distance to the next even number, which is exact; a remainder takes several times as long.
+    return torch.sub(x, (x / 2).round_(), alpha=2).abs_()
 
 
 def log_prob_and_score(x: Tensor, mean: Tensor, s: Tensor) -> tuple[Tensor, Tensor]:

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from perturbkit.core import Cost, SampleResult, VESchedule, checks
 from perturbkit.core.random import Seed, as_generator, randn, uniform
+from perturbkit.core.sampling import weighted
 from perturbkit.diffusion.constrained._parts import (
     TimeField,
     check_in_cube,
@@ -200,7 +201,7 @@ class ReflectedDiffusion:
         def move(x: Tensor, t: Tensor, drift: float, spread: float) -> Tensor:
             noise = randn(x.shape, generator=g, like=x)
             slope = checks.answer("score", field(x, t.to(x).expand(len(x))), x)
-            return confine(x + drift * slope + math.sqrt(spread) * noise)
+            return confine(weighted((1.0, x), (drift, slope), (math.sqrt(spread), noise)))
 
         for i in range(len(times) - 1):
             v = levels[i] ** 2 - levels[i + 1] ** 2

@@ -124,9 +124,8 @@ def generative_pca(
     1.0
     """
     checks.tensor("matrix", matrix, ndim=2)
-    if matrix.shape[0] != matrix.shape[1] or not torch.allclose(
-        matrix, matrix.mT, atol=1e-5 * float(matrix.abs().max())
-    ):
+    square = matrix.shape[0] == matrix.shape[1]
+    if not square or float((matrix - matrix.mT).abs().max()) > 1e-5 * float(matrix.abs().max()):
         raise checks.ArgumentError(
             f"matrix has shape {tuple(matrix.shape)} and is not symmetric; allowed: a symmetric matrix. Pass (V + V.T) / 2."
         )
@@ -137,18 +136,19 @@ def generative_pca(
         )
     checks.integer("n_iter", n_iter, low=1)
     w = _start(matrix, init)
-    v = matrix + _shift(matrix, shift) * torch.eye(len(matrix), dtype=matrix.dtype, device=matrix.device)
+    added, product = _shift(matrix, shift), matrix @ w
     search = None
     if generator_net is not None:
         search = _Search(generator_net, latent_dim, len(matrix), generator, projection_steps, projection_lr, restarts)  # fmt: skip
     best, values = (-math.inf, w, None), []
     for _ in range(n_iter):
-        u = _unit(v @ w)
+        u = _unit(torch.add(product, w, alpha=added))
         if search is not None:
             w = search(u)
         else:
             w = _unit(checks.tensor("project(u)", project(u), shape=(len(matrix),)))  # type: ignore[misc]
-        values.append(w @ matrix @ w)
+        product = matrix @ w
+        values.append(w @ product)
         if float(values[-1]) > best[0]:
             best = (float(values[-1]), w, None if search is None else search.latent)  # type: ignore[assignment]
     cost = Cost() if search is None else search.cost
@@ -274,6 +274,13 @@ def _start(matrix: Tensor, init: Tensor | None) -> Tensor:
 def _shift(matrix: Tensor, shift: float | str) -> float:
     if shift != "auto":
         return checks.between("shift", shift, -math.inf, math.inf)  # type: ignore[arg-type]
+    # Most matrices need none, and a Cholesky decomposition shows it at a tenth of the cost: their eigenvalues are above
+    # -0.9 times a Rayleigh quotient, which is at most the largest one.
+    w = _unit(matrix @ _unit(matrix[:, matrix.diagonal().argmax()]))
+    quotient = float(w @ (matrix @ w))
+    moved = matrix + 0.9 * quotient * torch.eye(len(matrix), dtype=matrix.dtype, device=matrix.device)
+    if quotient > 0 and int(torch.linalg.cholesky_ex(moved)[1]) == 0:
+        return 0.0
     values = torch.linalg.eigvalsh(matrix)
     least, most = float(values[0]), float(values[-1])
     # The second keeps the two apart by a tenth where they are of about the same size: at a tie no power step converges.

@@ -8,6 +8,7 @@ arXiv:2304.11328.
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Callable
 from typing import Literal
 
@@ -97,10 +98,11 @@ def fit_iia(
         if terms:
             target, plain = _fine(denoiser, x, s, t, base, n_fine), weighted(*step)
             columns = torch.stack([weighted(*term).flatten() for term in terms], 1).double()
-            gram = columns.T @ columns
+            # Sums and a solution by hand: the rounding of matrix products and solvers depends on where in memory their factors lie.
+            gram = (columns[:, :, None] * columns[:, None]).sum(0)
             gram += ridge * gram.diagonal().mean().clamp_min(1e-300) * torch.eye(len(terms)).to(gram)
-            right = columns.T @ (target - plain).flatten().double()
-            found[i, : len(terms)] = torch.linalg.lstsq(gram, right[:, None]).solution[:, 0].cpu()
+            right = (columns * (target - plain).flatten().double()[:, None]).sum(0)
+            found[i] = torch.tensor(_solved(gram.tolist(), right.tolist()), dtype=torch.float64)
         x = _corrected(step, terms, found[i])
     return found
 
@@ -193,6 +195,17 @@ def _step(
     now: tuple[Parts, ...] = ([(1 / s.alpha, x), (-s.lam, eps)], [(1.0, eps)])
     terms = tuple(new + [(-w, v) for w, v in old] for new, old in zip(now, memory, strict=False))
     return [kept, (reach, eps)], terms, now
+
+
+def _solved(gram: list[list[float]], right: list[float]) -> tuple[float, float]:
+    """Return the shortest solution of two symmetric equations, by their principal axes."""
+    (a, b), (_, d) = gram
+    angle = 0.5 * math.atan2(2 * b, a - d)
+    c, s = math.cos(angle), math.sin(angle)
+    most, least = a * c**2 + 2 * b * c * s + d * s**2, a * s**2 - 2 * b * c * s + d * c**2
+    along = (c * right[0] + s * right[1]) / most if most > 0 else 0.0
+    across = (c * right[1] - s * right[0]) / least if least > 4e-16 * most else 0.0
+    return c * along - s * across, s * along + c * across
 
 
 def _corrected(base: Parts, terms: tuple[Parts, ...], coefficients: Tensor) -> Tensor:

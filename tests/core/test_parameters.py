@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from perturbkit.core import checks
 from perturbkit.core.parameters import (
+    Block,
     assign,
     flatten,
     functional,
@@ -168,6 +169,44 @@ def test_settling_leaves_multiples_of_the_weights_and_the_direction_for_good() -
             for given in (factors, keep)
         ]
         torch.testing.assert_close(flatten(module), each[1] * before + each[0] * z)
+
+
+def test_replacing_leaves_what_is_made_of_the_weights_before_they_were_moved() -> None:
+    g = torch.Generator().manual_seed(6)
+    weights = [nn.Parameter(torch.randn(n, generator=g)) for n in (70_000, 11)]
+    before, z = [p.detach().clone() for p in weights], seeded_direction(weights, 3)
+    seen: list[Tensor] = []
+
+    def halved(block: Block, weight: Tensor, direction: Tensor) -> Tensor:
+        seen.append(direction.clone())
+        assert torch.equal(bits(weight), bits(block.read(before)))
+        return weight / 2
+
+    with perturbed(weights, 3, 0.7) as at:
+        at.rescale(-0.7)
+        at.replace(halved)
+        assert (at.scale, at.nbytes, at.moved) == (0.0, 0, False)
+    assert torch.equal(torch.cat(seen), z)
+    assert all(torch.equal(p, b / 2) for p, b in zip(weights, before, strict=True))
+
+
+@pytest.mark.parametrize("scale", [1e-3, 0.3], ids=["small", "large"])
+@pytest.mark.parametrize("transposed", [False, True])
+def test_what_is_kept_takes_two_bytes_a_place(scale: float, transposed: bool) -> None:
+    """A transposed parameter is one block, longer than two bytes can count."""
+    g = torch.Generator().manual_seed(5)
+    weight = torch.randn(300, 700, generator=g)
+    p = nn.Parameter(weight.T if transposed else weight)
+    before = p.detach().clone()
+    z = seeded_direction([p], 3).reshape(p.shape)
+    away = before + scale * z
+    lost = int((bits(away - scale * z) != bits(before)).sum())
+    with perturbed([p], 3, scale) as kept:
+        assert 6 * lost <= kept.nbytes < 6 * lost + 100
+        kept.rescale(-scale)
+        kept.rescale(2 * scale)
+        torch.testing.assert_close(p.detach(), before + 2 * scale * z)
+    assert torch.equal(p, before)
 
 
 @pytest.mark.parametrize("layout", ["contiguous", "transposed"])

@@ -84,14 +84,13 @@ class BCDClassifier(ClassifierMixin, BaseEstimator):
 
     .. math:: \ell(V_N, Y) + \sum_i \tfrac{\gamma}{2} |V_i - \sigma_i(W_i V_{i-1} + b_i)|^2 + \tfrac{\lambda}{2} |W_i|^2
 
-    with the proximal term for every block. :math:`V_N, W_N, b_N` are exact, and so is :math:`V_{N-1}` where its own activation
-    is all that bends. The other blocks, nonlinear least squares that have no closed form, are linearised at their last value
-    :math:`u^0` of the weighted sums:
+    with the proximal term for every block. :math:`V_N, W_N, b_N` and :math:`V_{N-1}` are exact. The other blocks are nonlinear
+    least squares without a closed form, and minimise an upper bound: with :math:`u^0` the weighted sums at the block's last value,
 
     .. math:: \tfrac12 (a - \max(u, 0))^2 \le \tfrac12 (t - u)^2 + \mathrm{const}, \quad
         t = a \text{ where } u^0 > 0, \text{ else } u^0,
 
-    with equality at :math:`u^0`, holds for all u if :math:`a \ge 0`, so that
+    holds for all u if :math:`a \ge 0`, with equality at :math:`u^0`, so that
     :math:`V_i \leftarrow V_i - \nabla_{V_i} ((\gamma + \alpha) I + \gamma W_{i+1}^\top W_{i+1})^{-1}` and
     :math:`W_i \leftarrow W_i - \nabla_{W_i} (\gamma V_{i-1} V_{i-1}^\top + (\lambda + \alpha) I)^{-1}` cannot rise. Where
     targets :math:`a` are below zero, the steps of units and rows whose part would rise are halved until it does not.

@@ -181,7 +181,8 @@ class OneByteSPSA(SeededOptimizer):
     Learning rates are not sent: schedulers must do the same on all workers in every round. Compare :meth:`digest` now and
     then.
 
-    Cost: two evaluations a direction and one byte; one draw of d numbers a message of any worker.
+    Cost: two evaluations a direction and one byte; three draws of d numbers a direction and one a message of any worker, three
+    together where there is one message only.
 
     References
     ----------
@@ -240,8 +241,10 @@ class OneByteSPSA(SeededOptimizer):
             ``closure() -> loss`` on this worker's batch; no backward pass is needed.
         """
         workers = self._meet()
-        loss, own = self._measure(self.replay(closure), self._me())
-        self._apply(self._exchange(own, workers))
+        # What is the only message is applied in the pass that restores the weights.
+        only = workers is None and self._samples == 1
+        loss, own = self._measure(self.replay(closure), self._me(), only)
+        self._apply(self._exchange(own, workers), applied=only)
         return loss
 
     def digest(self) -> str:
@@ -324,22 +327,23 @@ class OneByteSPSA(SeededOptimizer):
             self._workers = workers
         return self._workers
 
-    def _measure(self, closure: Replay, worker: int) -> tuple[float, tuple[float, ...]]:
-        """Return the mean loss of a worker's pairs of points, and its messages."""
-        scale = 2.0 ** self._exponent()
-        losses, sent = [], []
+    def _measure(self, closure: Replay, worker: int, only: bool = False) -> tuple[float, tuple[float, ...]]:
+        """Return the mean loss of a worker's pairs of points, and its messages; apply it if it is the only one."""
+        scale, losses, sent = 2.0 ** self._exponent(), [], []
         for j in range(self._samples):
             with perturbed(self.weights, self._direction(worker, j), self._radius) as at:
                 plus, minus = two_sided(at, closure, self._radius)
-            losses.append((plus + minus) / 2)
-            c = (plus - minus) / (2 * self._radius)
-            if not math.isfinite(c):
-                said = f"worker {worker}'s loss is not finite; it sends zero this round"
-                warnings.warn(said, checks.PerturbkitWarning, 4)
-                c = 0.0
-            # Bounded: what is far too large for a byte can leave the range of numbers by the scale.
-            size = min(abs(c) / scale, 1e300)
-            sent.append(float(encode_gradient(math.copysign(size, c))) if self._one_byte else c)
+                losses.append((plus + minus) / 2)
+                c = (plus - minus) / (2 * self._radius)
+                if not math.isfinite(c):
+                    said = f"worker {worker}'s loss is not finite; it sends zero this round"
+                    warnings.warn(said, checks.PerturbkitWarning, 4)
+                    c = 0.0
+                # Bounded: what is far too large for a byte can leave the range of numbers by the scale.
+                size = min(abs(c) / scale, 1e300)
+                sent.append(float(encode_gradient(math.copysign(size, c))) if self._one_byte else c)
+                if only and self._slope(sent[-1]) != 0:
+                    at.settle(self._moves(sent[-1], 1))
         return sum(losses) / len(losses), tuple(sent)
 
     def _direction(self, worker: int, sample: int) -> int:
@@ -355,17 +359,21 @@ class OneByteSPSA(SeededOptimizer):
         distributed.all_gather(heard, mine, group=self._group)
         return {w: tuple(map(float, t.tolist())) for w, t in zip(workers, heard, strict=True)}
 
-    def _apply(self, messages: Messages) -> None:
+    def _slope(self, said: float) -> float:
+        """Return the projected gradient that a message stands for in this round."""
+        return 2.0 ** self._exponent() * decode_gradient(int(said)) if self._one_byte else said
+
+    def _moves(self, said: float, n: int) -> list[float]:
+        """Return the factors of the direction, one a parameter, of a message among n."""
+        return [-lr / n * self._slope(said) for lr in self.per_weight("lr")]
+
+    def _apply(self, messages: Messages, applied: bool = False) -> None:
         n = sum(map(len, messages.values()))
-        scale = 2.0 ** self._exponent()
-        rates = self.per_weight("lr")
         # Sums of floating-point numbers depend on their order: by worker and sample, everywhere.
-        for worker in sorted(messages):
+        for worker in () if applied else sorted(messages):
             for j, said in enumerate(messages[worker]):
-                c = scale * decode_gradient(int(said)) if self._one_byte else said
-                if c != 0:
-                    seed = self._direction(worker, j)
-                    add_direction(self.weights, seed, [-lr / n * c for lr in rates])
+                if self._slope(said) != 0:
+                    add_direction(self.weights, self._direction(worker, j), self._moves(said, n))
         if self._one_byte:
             largest = max(int(said) & 127 for each in messages.values() for said in each)
             change = 4 if largest >= _HIGH else -4 if largest == 0 else -2 if largest < _LOW else 0

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from perturbkit.core import checks
 from perturbkit.core.optimizers import Closure
-from perturbkit.core.parameters import blocks, moved, perturbed, seeded_directions
+from perturbkit.core.parameters import Block, blocks, moved, perturbed, seeded_directions
 from perturbkit.core.random import mixed_seed
 from perturbkit.optim.zeroth._parts import SeededOptimizer, slope, two_sided
 
@@ -147,7 +147,8 @@ class ZOAdaMU(SeededOptimizer):
     cosines over the total steps times 1, 0.1 and 1.5; a and b1 to no less than 0.1. The released code anneals
     otherwise in the evaluation than in the update; this is the form of the paper.
 
-    Cost: two evaluations a step; one buffer of the weights' size, the history; directions are regenerated from seeds.
+    Cost: two evaluations a step; one buffer of the weights' size, the history; directions are regenerated from seeds, with six
+    draws of d numbers, and three before the annealing begins.
 
     References
     ----------
@@ -206,28 +207,35 @@ class ZOAdaMU(SeededOptimizer):
         t, weights, again = self.advance(), self.weights, self.replay(closure)
         a, b1, b2 = self.weights_of(t)
         parts, history = blocks(weights), [self._history(p) for p in weights]
-
-        def directions() -> Iterator[tuple[Tensor, Tensor]]:
-            """Yield the direction of each block and its second moment."""
-            seeds = [mixed_seed(self._seed, t, i) for i in (0, 1)]
-            streams = zip(*(seeded_directions(weights, s) for s in seeds), strict=True)
-            for block, (fresh, other) in zip(parts, streams, strict=True):
-                z0 = fresh.mul_(math.sqrt(a))
-                z1 = other.mul_(math.sqrt(1 - a)).add_(block.read(history))
-                yield b1 * z0 + (1 - b1) * z1, b2 * z0.square_() + (1 - b2) * z1.square_()
-
-        with moved(weights, lambda: (m for m, _ in directions()), self._radius) as at:
-            plus, minus = two_sided(at, again, self._radius)
-        c = slope(plus, minus, self._radius)
         rates, decays = self.per_weight("lr"), self.per_weight("weight_decay")
-        for block, (m, v) in zip(parts, directions(), strict=True):
-            w, up = block.read(weights), m * math.copysign(1.0, c)
-            change = m / (v + 1e-8).sqrt() if self._normalise else m
-            own = zip(block.indices, block.split(weights, change), block.split(weights, w), strict=True)
-            for i, part, weight in own:
-                part.mul_(-rates[i] * c).sub_(weight, alpha=rates[i] * decays[i])
-            block.write(weights, (w.to(change.dtype) + change).to(w.dtype))
-            block.write(history, up)
+        noises: list[Tensor] = []
+
+        def directions() -> Iterator[Tensor]:
+            """Yield the direction of each block, and leave what it is mixed from."""
+            # Noise about the history has no weight before the annealing begins: it need not be drawn.
+            seeds = [mixed_seed(self._seed, t, i) for i in range(2 if a < 1 else 1)]
+            streams = zip(*(seeded_directions(weights, s) for s in seeds), strict=True)
+            for block, drawn in zip(parts, streams, strict=True):
+                z0, z1 = drawn[0].mul_(math.sqrt(a)), block.read(history)
+                z1 = drawn[1].mul_(math.sqrt(1 - a)).add_(z1) if a < 1 else z1
+                noises[:] = z0, z1
+                yield b1 * z0 + (1 - b1) * z1
+
+        def updated(block: Block, weight: Tensor, m: Tensor) -> Tensor:
+            """Return new weights, and write the history."""
+            z0, z1 = noises
+            v = b2 * z0.square() + (1 - b2) * z1.square() if b2 < 1 else z0.square()
+            change = m / v.add_(1e-8).sqrt_() if self._normalise else m.clone()
+            own = zip(block.indices, block.split(weights, change), block.split(weights, weight), strict=True)
+            for i, part, w in own:
+                part.mul_(-rates[i] * c).sub_(w, alpha=rates[i] * decays[i])
+            block.write(history, m.mul_(math.copysign(1.0, c)))
+            return (weight.to(change.dtype) + change).to(weight.dtype)
+
+        with moved(weights, directions, self._radius) as at:
+            plus, minus = two_sided(at, again, self._radius)
+            c = slope(plus, minus, self._radius)
+            at.replace(updated)
         return (plus + minus) / 2
 
     def _history(self, p: Tensor) -> Tensor:

@@ -316,6 +316,43 @@ def test_functional_is_the_module_and_leaves_its_buffers() -> None:
     assert jacobian.shape == (2, len(vector))
 
 
+def made_in_inference_mode() -> list[Tensor]:
+    with torch.inference_mode():
+        return [torch.ones(3)]
+
+
+def of_the_same_memory(n: int) -> list[Tensor]:
+    weight = torch.ones(n)
+    return [nn.Parameter(torch.ones(3)), nn.Parameter(weight), nn.Parameter(weight.view(2, -1))]
+
+
+@pytest.mark.parametrize(
+    ("weights", "match"),
+    [
+        (made_in_inference_mode(), "weight 0 was made in inference mode"),
+        ([torch.ones(3), torch.ones(1, 1).expand(4, 1)], "weight 1 is expanded"),
+        (of_the_same_memory(4), "weight 2 lies in the memory of weight 1"),
+        (of_the_same_memory(200_000), "weight 2 lies in the memory of weight 1"),
+    ],
+    ids=["inference", "expanded", "shared", "shared-large"],
+)
+def test_weights_that_could_not_be_restored_are_refused_before_the_first_change(weights, match) -> None:
+    """PyTorch writes to some of these before it complains, and moves twice what lies in the same memory."""
+    with pytest.raises(checks.ArgumentError, match=match), perturbed(weights, 1, 0.5, trainable_only=False):
+        pass
+    with pytest.raises(checks.ArgumentError, match=match):
+        step(weights, 1, 0.5, trainable_only=False)
+    assert all(bool((w == 1).all()) for w in weights)
+
+
+def test_views_of_one_memory_and_empty_weights_come_back() -> None:
+    memory = torch.arange(12.0)
+    weights = [memory[:5], memory[5:], torch.zeros(0), torch.zeros(3, 0), torch.ones(1).expand(1)]
+    with perturbed(weights, 1, 0.5, trainable_only=False):
+        assert not torch.equal(memory, torch.arange(12.0))
+    assert torch.equal(memory, torch.arange(12.0))
+
+
 def test_global_generator_is_untouched() -> None:
     before = torch.random.get_rng_state()
     module = Weights(wild(0, torch.float32))

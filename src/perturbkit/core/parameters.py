@@ -225,6 +225,7 @@ def step(
     """
     parameters = list(_parameters(weights, trainable_only).values())
     factors = _scales("scale", scale, len(parameters))
+    _check_writable(parameters)
     directions = seeded_directions(parameters, seed, distribution)
     with torch.no_grad():
         for block, z in zip(blocks(parameters), directions, strict=True):
@@ -340,6 +341,7 @@ class Restorer:
 
     def __init__(self, weights: Sequence[Tensor], draw: Callable[[], Iterable[Tensor]]) -> None:
         self.scale = 0.0
+        _check_writable(weights)
         self._weights, self._draw, self._blocks = weights, draw, blocks(weights)
         self._kept = [_Kept()] * len(self._blocks)
         self._scales = [0.0] * len(self._blocks)
@@ -469,6 +471,11 @@ def perturbed(
     Restorer
         Its ``rescale`` moves the weights to another multiple of the same direction; says how many bytes are kept.
 
+    Raises
+    ------
+    ArgumentError
+        If weights cannot be written to, or lie in the memory of others without being the same tensor.
+
     Notes
     -----
     Subtracting the same direction again, :math:`\mathrm{fl}(\mathrm{fl}(w + \sigma z) - \sigma z)`, gives
@@ -558,6 +565,30 @@ def _parameters(weights: Weights, trainable_only: bool) -> dict[str, Tensor]:
             "least one of a floating-point dtype. Pass trainable_only=False, or set requires_grad."
         )
     return found
+
+
+def _check_writable(weights: Sequence[Tensor]) -> None:
+    """Refuse, before the first change, what PyTorch writes to in part and then refuses, and what would be moved twice."""
+    owners: dict[int, int] = {}
+    outside = not torch.is_inference_mode_enabled()
+    for i, p in enumerate(weights):
+        start = p.data_ptr()  # zero where nothing is held
+        if outside and p.is_inference():
+            given = "was made in inference mode"
+        elif (
+            0 in p.stride()
+            and p.numel()
+            and any(n > 1 and s == 0 for n, s in zip(p.shape, p.stride(), strict=True))
+        ):
+            given = "is expanded, with entries that share memory"
+        elif start and owners.setdefault(start, i) != i:
+            given = f"lies in the memory of weight {owners[start]}, as another tensor"
+        else:
+            continue
+        raise checks.ArgumentError(
+            f"weight {i} {given}; allowed: weights that can be written to, each in memory of its own. Clone it, or tie layers by "
+            "one and the same nn.Parameter."
+        )
 
 
 def _scale(scale: float) -> float:

@@ -133,6 +133,20 @@ def test_slopes_by_hand_are_those_of_automatic_differentiation(condition_dim):
         torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-9)
 
 
+def test_a_subclass_with_a_fraction_of_its_own_has_its_slopes():
+    class Delayed(LearnedSchedule):
+        def signal_fraction(self, t, condition=None):
+            return super().signal_fraction(t**2, condition)
+
+    schedule, x0 = Delayed(2).double(), data(40)
+    same = SimpleNamespace(signal_fraction=schedule.signal_fraction, rate=schedule.rate)
+    found, expected = (
+        cvdm_loss(lambda x, fraction, c: x, which, x0, generator=4) for which in (schedule, same)
+    )
+    for name in expected:
+        torch.testing.assert_close(found[name], expected[name])
+
+
 @pytest.mark.parametrize("order", [1, 2, 3, 5])
 def test_steepness_is_the_series_second_derivative(order):
     x0, g = data(40), torch.Generator().manual_seed(4)

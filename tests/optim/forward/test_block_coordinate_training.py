@@ -45,6 +45,8 @@ EXAMPLE = Example(
     stochastic=True,
     refusals=(
         (lambda: quick(hidden=3).fit(X, Y), "hidden is 3"),
+        (lambda: quick(hidden=None).fit(X, Y), "hidden is None"),
+        (lambda: quick(hidden=np.int64(3)).fit(X, Y), "hidden is np.int64"),
         (lambda: quick(hidden=(3, 0)).fit(X, Y), "hidden is 0"),
         (lambda: quick(gamma=0.0).fit(X, Y), "gamma is 0"),
         (lambda: quick(rho=-1.0).fit(X, Y), "rho is -1"),
@@ -318,6 +320,18 @@ def test_blobs_are_told_apart_by_the_forward_pass(loss, residual, splitting):
     assert (np.diff(made.objective_) <= 1e-9 * made.objective_[:-1]).all()
     squares = made.kkt_residual_**2
     assert squares[-1] < squares[0] / 20
+
+
+@SPLITTINGS
+def test_penalties_too_unequal_for_the_precision_are_refused(splitting):
+    x, y = blobs(dtype=np.float32)
+    twice = np.concatenate([x, x], 1)
+    options = {"hidden": (20, 20), "splitting": splitting, "prox": 1e-10}
+    with pytest.raises(checks.ArgumentError, match="singular in torch.float32"):
+        quick(**options).fit(twice, y)
+    made = quick(**options).fit(twice.astype(np.float64), y)
+    assert np.isfinite(made.objective_).all()
+    assert (np.diff(made.objective_) <= 0).all()
 
 
 def test_scikit_learn_accepts_the_estimator():

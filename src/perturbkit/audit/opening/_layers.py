@@ -9,6 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
+from perturbkit.core import unwrap_output
+
 __all__ = ["NoLayerError", "layers_of"]
 
 _aten = torch.ops.aten
@@ -27,7 +29,8 @@ def layers_of(program: Any) -> fx.GraphModule:
     Raises
     ------
     NoLayerError
-        If an operation has no counterpart, or the answers differ on the inputs that the program was exported with.
+        If an operation has no counterpart or puts several rows together, or the answers differ on the input that the
+        program was exported with or on others.
     """
     signature = program.graph_signature
     held = {**signature.inputs_to_parameters, **signature.inputs_to_buffers}
@@ -44,15 +47,29 @@ def layers_of(program: Any) -> fx.GraphModule:
         raise NoLayerError("it has several inputs or outputs")
     build = _Build(program.graph, signature.user_inputs[0], weights)
     graph = build.run()
-    inputs = [a for a in (program.example_inputs or ((),))[0] if isinstance(a, Tensor)]
-    if len(inputs) == 1:
+    args, options = program.example_inputs or ((), {})
+    given = [a for a in (*args, *options.values()) if isinstance(a, Tensor)]
+    if len(given) != 1:
+        raise NoLayerError("it holds no input to compare its layers on")
+    call = program.module()
+    for x in _compared(given[0]):
         with torch.no_grad():
-            expected, found = program.module()(inputs[0]), graph(inputs[0])
-        if not torch.allclose(
+            # Of copies, since a program may write into its input.
+            expected = unwrap_output(call(*[x.clone()] * len(args), **dict.fromkeys(options, x.clone())))
+            found = graph(x.clone())
+        if expected.shape != found.shape or not torch.allclose(
             expected, found, rtol=_SAME, atol=_SAME * float(expected.abs().max()), equal_nan=True
         ):
             raise NoLayerError("its layers answer otherwise than it does")
     return graph
+
+
+def _compared(example: Tensor) -> list[Tensor]:
+    """Return the inputs of the export, and others: an export is often made with zeros, of which much may be made alike."""
+    if not example.is_floating_point():
+        return [example]
+    drawn = [torch.randn(example.shape, generator=torch.Generator().manual_seed(i)) for i in range(2)]
+    return [example, *(d.to(example) for d in drawn)]
 
 
 class _Build:
@@ -62,24 +79,42 @@ class _Build:
         self.source, self.given, self.weights = graph, given, weights
         self.graph, self.root = fx.Graph(), nn.Module()
         self.made: dict[fx.Node, Any] = {}
+        self.of_input: set[fx.Node] = set()
+        self.rows = self.writes = ""
 
     def run(self) -> fx.GraphModule:
         for node in self.source.nodes:
             if node.op == "placeholder":
                 if node.name == self.given:
                     self.made[node] = self.graph.placeholder("x")
+                    self.of_input.add(node)
+                    self.rows = _rows(node)
             elif node.op == "output":
                 (answer,) = node.args[0]
+                if answer not in self.of_input:
+                    raise NoLayerError("its answer is not made of its input")
                 self.graph.output(self.made[answer])
-            elif node.op == "call_function" and node.users and isinstance(node.meta["val"], Tensor):
-                rule = _RULES.get(node.target)
-                if rule is None:
-                    raise NoLayerError(
-                        f"the operation {str(node.target).removesuffix('.default')} is not that of a layer"
-                    )
-                self.made[node] = rule(self, node)
+            elif node.op == "call_function":
+                self.writes = self.writes or _writes(node)
+                if node.users and isinstance(node.meta.get("val"), Tensor):
+                    self.copy(node)
+        # What is refused by name says more: in training mode a normalisation writes too.
+        if self.writes:
+            raise NoLayerError(self.writes)
         self.graph.lint()
         return fx.GraphModule(self.root, self.graph).eval()
+
+    def copy(self, node: fx.Node) -> None:
+        rule = _RULES.get(node.target)
+        if rule is None:
+            raise NoLayerError(
+                f"the operation {str(node.target).removesuffix('.default')} is not that of a layer"
+            )
+        self.made[node] = rule(self, node)
+        if any(given in self.of_input for given in node.all_input_nodes):
+            self.of_input.add(node)
+            if _rows(node) != self.rows:
+                raise NoLayerError(f"{node.name} puts numbers of several rows together")
 
     def tensor(self, node: Any) -> Tensor | None:
         """Return the weight that a node stands for, if it does."""
@@ -106,6 +141,31 @@ class _Build:
 
     def call(self, function: Callable[..., Any], *arguments: Any, **options: Any) -> fx.Node:
         return self.graph.call_function(function, tuple(self.value(arguments)), options)
+
+
+def _is_view(node: fx.Node) -> bool:
+    """Whether an operation answers with the memory of what it is given."""
+    return _RULES.get(node.target) in (_reshape, _same, _dropout)
+
+
+def _writes(node: fx.Node) -> str:
+    """Say that an operation writes where others look: into the input, a weight, or what is viewed elsewhere too."""
+    schema = getattr(node.target, "_schema", None)
+    if schema is None or not schema.is_mutable:
+        return ""
+    target: Any = node.args[0]
+    # Later users of what was written into are handed the result; those of a view of it are not.
+    shared = not node.users or any(_is_view(u) for u in target.users if u is not node)
+    while _is_view(target):
+        target = target.args[0]
+        shared = shared or len(target.users) > 1
+    return f"{node.name} writes into what it is given" if shared or target.op == "placeholder" else ""
+
+
+def _rows(node: fx.Node) -> str:
+    """Return the length of the first axis, a number or the name of one that is left open."""
+    shape = node.meta["val"].shape
+    return str(shape[0]) if len(shape) else ""
 
 
 def _argument(node: fx.Node, place: int, default: Any = None) -> Any:
@@ -138,6 +198,8 @@ def _linear(build: _Build, node: fx.Node) -> fx.Node:
 def _convolution(kind: type[nn.Module]) -> Callable[[_Build, fx.Node], fx.Node]:
     def made(build: _Build, node: fx.Node) -> fx.Node:
         weight, bias = _weighted(build, node, (1, 2))
+        if node.args[0].meta["val"].ndim != weight.ndim:  # type: ignore[union-attr]
+            raise NoLayerError(f"{node.name} takes its input for one row")
         stride, padding, dilation = (_argument(node, i, d) for i, d in ((3, 1), (4, 0), (5, 1)))
         groups = _argument(node, 6, 1)
         with torch.device("meta"):
@@ -195,9 +257,33 @@ def _function(function: Callable[..., Any], n: int) -> Callable[[_Build, fx.Node
     def made(build: _Build, node: fx.Node) -> fx.Node:
         if len(node.args) > n or (set(node.kwargs) - {"dtype"}) or node.kwargs.get("dtype") is not None:
             raise NoLayerError(f"{node.name} has options without a rule")
+        if any(given in build.of_input for given in node.all_input_nodes):
+            _keeps_rows_apart(build, node)
         return build.call(function, *node.args[:n])
 
     return made
+
+
+def _keeps_rows_apart(build: _Build, node: fx.Node) -> None:
+    """Refuse what runs over the first axis, also where a program for one row hides it."""
+    ndim = node.args[0].meta["val"].ndim if isinstance(node.args[0], fx.Node) else node.meta["val"].ndim
+    if node.target in (_aten.mean.dim, _aten.softmax.int, _aten.cat.default):
+        axes = _argument(node, 1, 0 if node.target is _aten.cat.default else None)
+        axes = [axes] if isinstance(axes, int) else list(axes or range(ndim))
+        apart = all(axis % ndim for axis in axes)
+        if node.target is _aten.cat.default:
+            apart = apart and all(given in build.of_input for given in node.all_input_nodes)
+    else:
+        ndim = node.meta["val"].ndim
+        apart = all(
+            given.meta["val"].ndim == ndim
+            if given in build.of_input
+            else given.meta["val"].ndim < ndim or given.meta["val"].shape[0] == 1
+            for given in node.all_input_nodes
+            if isinstance(given.meta["val"], Tensor)
+        )
+    if not apart:
+        raise NoLayerError(f"{node.name} puts numbers of several rows together")
 
 
 def _sloped(kind: Callable[..., nn.Module]) -> Callable[[_Build, fx.Node], fx.Node]:

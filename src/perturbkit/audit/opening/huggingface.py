@@ -128,8 +128,13 @@ def _text_model(path: Path, module: Any) -> TextModel:
         encoded = tokenizer(
             list(texts), padding=True, truncation=True, max_length=longest, return_tensors="pt"
         )
+        ids, mask = encoded["input_ids"], encoded["attention_mask"]
+        if ids.shape[1] == 0:
+            # Texts of no tokens at all are read as beside a longer one: as padding.
+            ids = torch.full((len(ids), 1), int(tokenizer.pad_token_id or 0))
+            mask = torch.zeros_like(ids)
         place = next(module.parameters()).device
-        return encoded["input_ids"].to(place), encoded["attention_mask"].to(place)
+        return ids.to(place), mask.to(place)
 
     def predict(texts: Sequence[str]) -> Tensor:
         ids, mask = tokenize(texts)
@@ -145,7 +150,9 @@ def _text_model(path: Path, module: Any) -> TextModel:
             for i in ids
         ]
 
-    unknown = tokenizer.unk_token_id
+    # Where one token stands for the unknown and for an end as well, it tells nothing.
+    others = (getattr(tokenizer, f"{name}_token_id") for name in ("bos", "eos", "cls", "sep", "pad", "mask"))
+    unknown = None if tokenizer.unk_token_id in others else tokenizer.unk_token_id
     return TextModel(predict, tokenize, table, from_embeddings, decode, unknown, longest)
 
 

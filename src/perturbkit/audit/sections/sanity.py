@@ -187,21 +187,25 @@ def _missing(subject: Subject) -> list[tuple[str, str, str]]:
 def _reading(subject: Subject) -> list[tuple[str, str, str]]:
     """Say what of the texts reaches the model: tokens it knows, and texts that it reads to their end."""
     reader = subject.text_model
-    if reader is None or reader.tokenize is None or reader.unknown is None or reader.longest is None:
+    if reader is None or reader.tokenize is None:
         return []
     unknown, tokens, full = 0, 0, 0
     texts = subject.texts or []
     for start in range(0, len(texts), 256):
         ids, mask = reader.tokenize(texts[start : start + 256])
-        unknown += int(((ids == reader.unknown) & mask.bool()).sum())
+        if reader.unknown is not None:
+            unknown += int(((ids == reader.unknown) & mask.bool()).sum())
         tokens += int(mask.sum())
-        full += int((mask.sum(1) >= reader.longest).sum())
-    share = unknown / max(tokens, 1)
-    return [
-        (KNOWN, f"{share:.0%} of the tokens are unknown", _mark(share <= _UNKNOWN)),
-        (WHOLE, f"{full} of {len(texts)} texts are cut at {reader.longest} tokens" if full else "yes",
-         "noted" if full else "passed"),
-    ]  # fmt: skip
+        if reader.longest is not None:
+            full += int((mask.sum(1) >= reader.longest).sum())
+    rows = []
+    if reader.unknown is not None:
+        share = unknown / max(tokens, 1)
+        rows.append((KNOWN, f"{share:.0%} of the tokens are unknown", _mark(share <= _UNKNOWN)))
+    if reader.longest is not None:
+        cut = f"{full} of {len(texts)} texts fill all {reader.longest} tokens that are read; what follows is cut off"
+        rows.append((WHOLE, cut if full else "yes", "noted" if full else "passed"))
+    return rows
 
 
 def _gradient(subject: Subject) -> tuple[str, str, str]:

@@ -206,7 +206,11 @@ def cvdm_loss(
     def fraction_at(t: Tensor) -> Tensor:
         return schedule.signal_fraction(t, condition).expand(x0.shape)
 
-    if isinstance(schedule, LearnedSchedule):
+    # Where a subclass has a fraction of its own, the slopes by hand are those of another.
+    if (
+        isinstance(schedule, LearnedSchedule)
+        and type(schedule).signal_fraction is LearnedSchedule.signal_fraction
+    ):
         fraction, slope, bend = (v.expand(x0.shape) for v in schedule.with_slopes(t, condition))
     else:
         fraction, slope, bend = _with_slopes(fraction_at, t)

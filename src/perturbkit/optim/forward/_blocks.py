@@ -11,6 +11,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from perturbkit.core import checks
 from perturbkit.core.random import Seed, as_generator, randn
 
 __all__ = ["Blocks", "Options", "ThreeSplitting", "TwoSplitting", "layer", "proximal_relu"]
@@ -271,7 +272,13 @@ def _eye(v: Tensor) -> Tensor:
 
 def _solved(matrix: Tensor, right: Tensor) -> Tensor:
     """Return right times the inverse of a positive definite matrix."""
-    return torch.cholesky_solve(right.mT, torch.linalg.cholesky(matrix)).mT
+    factor, failed = torch.linalg.cholesky_ex(matrix)
+    if int(failed):
+        raise checks.ArgumentError(
+            f"the equations of a block are singular in {matrix.dtype}; allowed: penalties that are not too small beside inputs, "
+            "weights and other penalties. Scale X to order one, raise prox, or pass X in double precision."
+        )
+    return torch.cholesky_solve(right.mT, factor).mT
 
 
 def _kink(place: Tensor, left: Tensor, right: Tensor) -> Tensor:

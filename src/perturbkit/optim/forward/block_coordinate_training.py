@@ -6,7 +6,7 @@ Use it where gradients vanish or no learning rate is to be chosen, and all rows 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any, Literal, Self
 
 import numpy as np
@@ -160,7 +160,8 @@ class BCDClassifier(ClassifierMixin, BaseEstimator):
         Raises
         ------
         ArgumentError, ArgumentTypeError
-            If an option is not allowed or there is one class only.
+            If an option is not allowed, there is one class only, or the penalties are so unequal that a block's equations
+            are singular in the precision of ``X``.
         """
         sizes = self._check()
         x, labels = validate_data(self, X, y, dtype=[np.float64, np.float32])
@@ -202,7 +203,7 @@ class BCDClassifier(ClassifierMixin, BaseEstimator):
         return self.classes_[(score > 0).astype(int) if score.ndim == 1 else score.argmax(1)]
 
     def _check(self) -> list[int]:
-        if isinstance(self.hidden, (str, int)):
+        if isinstance(self.hidden, str) or not isinstance(self.hidden, Iterable):
             raise checks.ArgumentTypeError(
                 f"hidden is {self.hidden!r}; allowed: a sequence of units, one a layer. Pass (64, 64)."
             )

@@ -9,9 +9,7 @@ from perturbkit import __version__
 
 
 def _run(*arguments):
-    return subprocess.run(
-        [sys.executable, "-m", "perturbkit.cli", *arguments], capture_output=True, text=True
-    )
+    return subprocess.run([sys.executable, "-m", "perturbkit", *arguments], capture_output=True, text=True)
 
 
 def test_version():

@@ -57,7 +57,3 @@ def main() -> None:
     except PerturbkitError as error:
         typer.echo(f"perturbkit: {error}", err=True)
         sys.exit(2)
-
-
-if __name__ == "__main__":
-    main()

@@ -20,7 +20,7 @@ import _subjects
 def command(*arguments, cwd):
     environment = {**os.environ, "COLUMNS": "100", "OMP_NUM_THREADS": "1"}
     return subprocess.run(
-        [sys.executable, "-m", "perturbkit.cli", *arguments],
+        [sys.executable, "-m", "perturbkit", *arguments],
         cwd=cwd, env=environment, capture_output=True, text=True, timeout=240,
     )  # fmt: skip
 
@@ -242,7 +242,7 @@ def test_two_audits_are_compared(ran, folder):
 @pytest.mark.skipif(os.name == "nt", reason="sends SIGINT")
 def test_interrupting_writes_the_partial_report(folder):
     running = subprocess.Popen(
-        [sys.executable, "-m", "perturbkit.cli", "audit", "run", "mine:slow", "data.csv", "--out", "four"],
+        [sys.executable, "-m", "perturbkit", "audit", "run", "mine:slow", "data.csv", "--out", "four"],
         cwd=folder, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
     )  # fmt: skip
     finding = folder / "four" / "findings" / "sanity.json"

@@ -46,7 +46,7 @@ def folder(path, sleep, rows=70):
 
 def start(cwd, *arguments):
     only = [word for section in SECTIONS for word in ("--only", section)]
-    command = [sys.executable, "-m", "perturbkit.cli", "audit", "run", "mine:model", "data.csv", *only]
+    command = [sys.executable, "-m", "perturbkit", "audit", "run", "mine:model", "data.csv", *only]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     return subprocess.Popen(
         [*command, *arguments], cwd=cwd, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True

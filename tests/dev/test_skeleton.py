@@ -37,7 +37,7 @@ def checkout(tmp_path):
         shutil.copytree(PACKAGE / name, top / name, ignore=shutil.ignore_patterns("__pycache__"))
     for path in (top / "papers").glob("*/__init__.py"):
         shutil.rmtree(path.parent)
-    for name in ("__init__.py", "_version.py", "cli.py", "py.typed"):
+    for name in ("__init__.py", "__main__.py", "_version.py", "cli.py", "py.typed"):
         shutil.copy(PACKAGE / name, top / name)
     (tmp_path / "tests").mkdir()
     shutil.copy(REPOSITORY / "tests" / "_common.py", tmp_path / "tests")
@@ -64,10 +64,10 @@ def test_the_files_import_lint_clean_and_run(checkout):
     result = _run(checkout, "pytest", "-q", "tests/invented", "src/perturbkit/invented")
     assert "1 failed, 4 passed" in result.stdout, result.stdout
     assert "write the oracle: " in result.stdout
-    result = _run(checkout, "perturbkit.cli", "papers", "reproduce", "new_method", "--out", "out")
+    result = _run(checkout, "perturbkit", "papers", "reproduce", "new_method", "--out", "out")
     assert result.returncode == 1, result.stderr
     assert "does not hold  new_method" in result.stdout
-    assert _run(checkout, "perturbkit.cli", "dev", "stubs", "--check").returncode == 0
+    assert _run(checkout, "perturbkit", "dev", "stubs", "--check").returncode == 0
 
 
 def test_a_second_method_joins_what_is_there(checkout):

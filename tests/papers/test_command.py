@@ -143,7 +143,7 @@ def test_usage_errors_have_code_2(call, arguments):
 
 
 def test_the_command_turns_an_error_into_one_line_and_code_2(root):
-    command = [sys.executable, "-m", "perturbkit.cli", "papers", "reproduce", "hodls", "--root", str(root)]
+    command = [sys.executable, "-m", "perturbkit", "papers", "reproduce", "hodls", "--root", str(root)]
     result = subprocess.run(command, capture_output=True, text=True)
     assert result.returncode == 2
     assert result.stdout == ""

@@ -219,7 +219,7 @@ def test_an_interruption_saves_what_is_finished_and_stops_the_rest(tmp_path):
     body = f"import os; Path({str(tmp_path / 'pid')!r}).write_text(str(os.getpid())); time.sleep(100)"
     _samples.write(root, "p/b_sleeps", body)
     _samples.write(root, "p/c_holds")
-    command = [sys.executable, "-m", "perturbkit.cli", "papers", "reproduce", "--all", "--json"]
+    command = [sys.executable, "-m", "perturbkit", "papers", "reproduce", "--all", "--json"]
     process = subprocess.Popen(
         [*command, "--root", str(root), "--out", str(out)],
         stdout=subprocess.PIPE,
@@ -248,7 +248,7 @@ def test_a_reproduction_ends_with_a_parent_that_is_killed(tmp_path):
     root = tmp_path / "root"
     body = f"import os; Path({str(tmp_path / 'pid')!r}).write_text(str(os.getpid())); time.sleep(100)"
     _samples.write(root, "p/a", body)
-    command = [sys.executable, "-m", "perturbkit.cli", "papers", "reproduce", "a", "--root", str(root)]
+    command = [sys.executable, "-m", "perturbkit", "papers", "reproduce", "a", "--root", str(root)]
     process = subprocess.Popen([*command, "--out", str(tmp_path / "out")])
     _wait(lambda: (tmp_path / "pid").exists() and (tmp_path / "pid").read_text())
     process.kill()

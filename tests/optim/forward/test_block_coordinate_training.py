@@ -327,7 +327,7 @@ def test_penalties_too_unequal_for_the_precision_are_refused(splitting):
     x, y = blobs(dtype=np.float32)
     twice = np.concatenate([x, x], 1)
     options = {"hidden": (20, 20), "splitting": splitting, "prox": 1e-10}
-    with pytest.raises(checks.ArgumentError, match="singular in torch.float32"):
+    with pytest.raises(checks.ArgumentError, match=r"singular in torch\.float32"):
         quick(**options).fit(twice, y)
     made = quick(**options).fit(twice.astype(np.float64), y)
     assert np.isfinite(made.objective_).all()

@@ -2,7 +2,8 @@
 
 Method: fixed_point_diffusion (`FixedPointDenoiser`). The peer is `torchdeq.get_deq` with plain fixed-point iteration and its one-step
 ("phantom") gradient, around the same blocks of the same weights. Before timing, answers and gradients are asserted to agree to a relative
-1e-4: with a single iteration under the gradient both are Jacobian-free backpropagation. Timed too: a forward pass alone.
+1e-4, with a single iteration under the gradient (both are then Jacobian-free backpropagation) and with the four that are timed. Timed
+too: a forward pass alone.
 
 The floor is the blocks, called as often, forward and backward. Times in milliseconds. Needs torchdeq (``pip install torchdeq``); runs in
 half a minute: ``python -m benchmarks fixed_point_diffusion_vs_torchdeq``.
@@ -65,8 +66,9 @@ def main(rounds: int = 10) -> list[Row]:
 
     with torch.no_grad():
         torch.testing.assert_close(model(x, t, BEFORE + 1)[0], around(once), rtol=1e-4, atol=1e-5)
-    for mine, other in zip(ours(1), gradients(around(once)), strict=True):
-        torch.testing.assert_close(mine, other, rtol=1e-4, atol=1e-4 * float(other.abs().max()) + 1e-9)
+    for n, layer in ((1, once), (WITH, several)):
+        for mine, other in zip(ours(n), gradients(around(layer)), strict=True):
+            torch.testing.assert_close(mine, other, rtol=1e-4, atol=1e-4 * float(other.abs().max()) + 1e-9)
 
     def forward() -> Tensor:
         with torch.no_grad():
@@ -80,6 +82,7 @@ def main(rounds: int = 10) -> list[Row]:
         return gradients(around(several))
 
     once.eval()
+    torch.testing.assert_close(forward(), theirs_forward(), rtol=1e-4, atol=1e-5)
     forward(), theirs_forward(), ours(), step(), floor()
     rows = compare(ours, {f"training, {BEFORE} + {WITH} iterations, torchdeq": step}, floor, rounds)
     rows += compare(forward, {f"forward, {BEFORE} iterations, torchdeq": theirs_forward}, forward, 3 * rounds)

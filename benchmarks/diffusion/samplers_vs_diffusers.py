@@ -5,9 +5,10 @@ all its noise and score_sampling_bounds (`sample_reverse_sde`) against DDPM, lea
 DDPM as its schedule), stochastic_interpolant (`solve` without noise), iia and bdia. `dpm_solver_vs_diffusers` has the others.
 
 Before timing, each is asserted to end where diffusers does, to a relative 1e-4 (its tables are float32), noise included where the
-method has any. Three do not compute what their peer does: the reverse diffusion is another integrator of what DDPM integrates
-(standard deviations of Gaussian data are printed), BDIA inverts exactly where DDIM's inversion does not (errors of the way there
-and back are printed), and the correction of IIA is fitted (without it the end is that of DDIM, which is asserted).
+method has any. Four do not compute what their peer does: PFGM++ at D = 2048 draws from another prior (with D infinite it is asserted, as
+"Heun"), the reverse diffusion is another integrator of what DDPM integrates (standard deviations of Gaussian data are printed), BDIA
+inverts exactly where DDIM's inversion does not (errors of the way there and back are printed), and the correction of IIA is fitted
+(without it the end is that of DDIM, which is asserted).
 
 The floor is the network and the bare update in PyTorch: the vector of times, and as many terms as the update has, no noise. Times in
 milliseconds. Runs in a minute: ``python -m benchmarks samplers_vs_diffusers``.

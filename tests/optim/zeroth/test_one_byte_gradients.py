@@ -108,6 +108,17 @@ def test_the_mean_message_is_the_gradient(one_byte):
     assert ((got - g).abs() < 4 * error + 0.002 * g.norm()).all()
 
 
+def test_the_digest_tells_weights_and_how_they_lie():
+    w = torch.randn(4, 3, generator=torch.Generator().manual_seed(2))
+    other = w.clone()
+    other[1, 2] += 1e-6
+    digests = [
+        OneByteSPSA([nn.Parameter(p)], lr=0.1).digest() for p in (w, w.clone(), w.t().contiguous().t(), other)
+    ]
+    assert digests[0] == digests[1]
+    assert len(set(digests)) == 3
+
+
 @pytest.mark.parametrize("processes", [2, 4])
 def test_processes_and_the_simulation_agree_bit_for_bit(processes):
     options = {"lr": 0.03, "samples_per_round": 2, "seed": 6}

@@ -248,9 +248,13 @@ class OneByteSPSA(SeededOptimizer):
         return loss
 
     def digest(self) -> str:
-        """Return the SHA-256 of the weights, equal on workers that agree bit for bit."""
+        """Return the SHA-256 of the weights, equal on workers that agree bit for bit and will go on to.
+
+        How weights lie in memory counts too, since directions are drawn in that order.
+        """
         digest = hashlib.sha256()
         for p in self.weights:
+            digest.update(repr((tuple(p.shape), p.stride())).encode())
             digest.update(p.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
         return digest.hexdigest()
 

@@ -206,3 +206,21 @@ def test_the_plan_counts_the_swaps():
     assert free - held == legal + 2 * 4 * min(legal, 16) + 1
     report = audit.run(Ruled(red).fit(x, None), (x, y), only=["attack"], progress=False)
     assert report["attack"].cost.nfev <= 40 * free + 40
+
+
+def test_a_swap_that_gets_no_answer_hides_no_other_one():
+    """Green is answered by no number, and red is answered otherwise."""
+
+    def rule(x):
+        return np.where(x.colour == "green", np.nan, red(x))
+
+    x = frame()
+    model = Ruled(rule).fit(x, None)
+    x = x[x.colour != "green"].reset_index(drop=True)
+    # One green row keeps the value legal, and stands at the end, where it is not asked about on opening.
+    x.loc[len(x)] = {**x.loc[0], "colour": "green"}
+    y = np.where(x.colour == "red", "yes", "no")
+    report = audit.run(model, (x, y), only=["attack"], progress=False)
+    swaps = [k for k in report["attack"].series["swaps"] if k is not None]
+    assert len(swaps) >= len(x) - 1
+    assert set(swaps) == {1.0}

@@ -5,9 +5,13 @@ import tomllib
 from pathlib import Path
 
 import numpy as np
+import pandas as pd
 import pytest
 import torch
+from sklearn.compose import make_column_transformer
 from sklearn.linear_model import LogisticRegression
+from sklearn.pipeline import make_pipeline
+from sklearn.preprocessing import OneHotEncoder
 from typer.testing import CliRunner
 
 import perturbkit.audit as audit
@@ -16,6 +20,7 @@ from perturbkit.audit.context import Context
 from perturbkit.audit.report import load_report
 from perturbkit.audit.request import AuditRequest
 from perturbkit.audit.runner import conduct
+from perturbkit.audit.sections import attack
 from perturbkit.audit.sections.corruption import _damaged_scores
 from perturbkit.core import checks
 
@@ -67,9 +72,37 @@ def test_all_columns_frozen_leaves_nothing_to_attack():
     x, y = _subjects.table(20)
     names = tuple(f"feature {i}" for i in range(4))
     for model in (_subjects.linear(), LogisticRegression().fit(x.numpy(), y.numpy())):
-        report = audited(model, (x, y), "attack", frozen=names)
-        radius = np.array(report["attack"].series["radius"])
+        context = Context(AuditRequest(frozen=names), audit.open_subject(model, (x, y)), {"attack": 20})
+        radius = np.array(attack.run(context).series["radius"])
         assert np.isinf(radius[radius > 0]).all()
+
+
+def test_where_nothing_may_change_nothing_is_said_of_the_model():
+    x, y = _subjects.table(40)
+    names = tuple(f"feature {i}" for i in range(4))
+    report = audited(_subjects.linear(), (x, y), "attack", "certify", "sandwich", "corruption", frozen=names)
+    for finding in report.findings:
+        assert finding.status == "not run"
+    for section in ("attack", "certify", "corruption"):
+        assert "no number may change" in report[section].why
+    g = np.random.default_rng(0)
+    frame = pd.DataFrame({"size": g.normal(size=60), "kind": g.choice(["p", "q"], 60)})
+    target = (frame.kind == "p").astype(int)
+    first = make_column_transformer((OneHotEncoder(), ["kind"]), remainder="passthrough")
+    model = make_pipeline(first, LogisticRegression()).fit(frame, target)
+    found = audited(model, (frame, target), "attack", frozen=("size",))["attack"]
+    assert found.headline.startswith("No number may change")
+    assert "depend" not in found.headline
+    assert found.metric("categories.changed.one").value == 1
+
+
+def test_names_need_not_be_text():
+    x, y = _subjects.table(40)
+    frame = pd.DataFrame(x.numpy(), columns=[0, 1, 2, 3])
+    model = LogisticRegression().fit(frame.rename(columns=str), y.numpy())
+    report = audited(model, (frame, y), "sanity", frozen=pd.Index([1, 1, 3]))
+    assert report.request.frozen == ("1", "3")
+    assert AuditRequest(frozen=None).frozen == ()
 
 
 @pytest.mark.parametrize("kind", ["missing", "noise", "shifted"])

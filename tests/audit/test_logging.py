@@ -1,6 +1,7 @@
 """Logging to the local stores of MLflow and of Weights & Biases."""
 
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -52,7 +53,10 @@ def test_a_run_of_wandb_is_written_to_a_folder_and_not_sent(tmp_path, monkeypatc
     assert folder.is_relative_to(tmp_path)
     assert folder.name.startswith("offline-run")
     (kept,) = folder.glob("*.wandb")
-    written = kept.read_bytes()
+    # A process of its own writes the file, and on a busy machine ends after the run.
+    until = time.monotonic() + 20
+    while b"summary.md" not in (written := kept.read_bytes()) and time.monotonic() < until:
+        time.sleep(0.1)
     ece = report["calibration"].metric("ece")
     for text in (
         b"calibration.ece.high",
@@ -62,6 +66,34 @@ def test_a_run_of_wandb_is_written_to_a_folder_and_not_sent(tmp_path, monkeypatc
         b"summary.md",
     ):
         assert text in written, text
+
+
+@pytest.fixture
+def small(tmp_path, monkeypatch):
+    pytest.importorskip("wandb")
+    monkeypatch.chdir(tmp_path)
+    p, y = _subjects.calibrated(100)
+    return audit.run(predictions=p, labels=y, only=["calibration"], out=tmp_path / "out", progress=False)
+
+
+def test_a_service_that_refuses_is_told_with_where_the_report_is(small, tmp_path, monkeypatch):
+    import wandb
+
+    def refuse(**_):
+        raise wandb.errors.UsageError("No API key configured.")
+
+    monkeypatch.setattr(wandb, "init", refuse)
+    with pytest.raises(
+        checks.ArgumentError, match=r"could not be logged to wandb \(UsageError: No API key"
+    ) as caught:
+        log_report(small, tmp_path / "out", "wandb")
+    assert str(tmp_path / "out") in str(caught.value)
+
+
+def test_a_run_that_is_kept_nowhere_says_so(small, tmp_path, monkeypatch):
+    monkeypatch.setenv("WANDB_MODE", "disabled")
+    where = log_report(small, tmp_path / "out", "wandb")
+    assert where.endswith("kept nowhere, since WANDB_MODE is disabled")
 
 
 def test_a_missing_extra_and_an_unknown_log_are_named(monkeypatch):

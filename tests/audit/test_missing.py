@@ -274,3 +274,24 @@ def test_a_seed_gives_the_same_numbers():
     ]
     columns = ["section", "metric", "value", "low", "high", "control"]
     assert frames[0][columns].equals(frames[1][columns])
+
+
+def test_bounds_of_a_table_without_any_number_are_no_error():
+    x, y = data(40)
+    model = HistGradientBoostingClassifier(max_iter=2).fit(x, y)
+    empty = pd.DataFrame(np.nan, index=x.index, columns=x.columns)
+    report = audit.run(model, (empty, y), bounds=(-9, 9), only=["sanity", "attack"], progress=False)
+    assert "no range" not in str(report["sanity"].table.rows)
+
+
+def test_no_column_is_blamed_for_what_another_one_does():
+    g = np.random.default_rng(0)
+    x = pd.DataFrame({"size": g.normal(size=60), "kind": g.choice(["p", "q"], 60)})
+    x.loc[:5, "size"] = np.nan
+    y = (x["kind"] == "p").astype(int)
+    first = make_column_transformer((SimpleImputer(), ["size"]), (OneHotEncoder(), ["kind"]))
+    model = make_pipeline(first, LogisticRegression()).fit(x, y)
+    # A column of text that is wholly empty is read as numbers, which the encoder of texts refuses whatever is in "size".
+    with pytest.raises(checks.DataError, match="takes none") as caught:
+        audit.open_subject(model, (x.assign(kind=np.nan), y))
+    assert "takes none in column" not in str(caught.value)

@@ -14,6 +14,7 @@ from perturbkit.audit.context import Context
 from perturbkit.audit.finding import Finding
 from perturbkit.audit.request import AuditRequest
 from perturbkit.audit.sections import sandwich
+from perturbkit.core.random import seeded_init
 
 sys.path.insert(0, str(Path(__file__).parent))
 import _subjects
@@ -124,3 +125,13 @@ def test_images_share_rows():
     assert finding.status == "ok", finding.why
     assert len(finding.series["certified"]) >= 4
     assert report.figure("sandwich").axes
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bfloat16", "float16"])
+def test_a_model_that_rounds_coarsely_is_not_proved_itself(dtype):
+    with seeded_init(1):
+        net = nn.Sequential(nn.Linear(6, 8), nn.ReLU(), nn.Linear(8, 3)).to(dtype)
+    x = torch.randn(30, 6, generator=torch.Generator().manual_seed(0)).to(dtype)
+    report = audit.run(net, (x, net(x).argmax(1)), only=["attack", "certify", "sandwich"], progress=False)
+    assert report["certify"].series["of"] == "smoothed"
+    assert f"rounds to {str(dtype)[6:]}" in report["certify"].does_not_show

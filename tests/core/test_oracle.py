@@ -338,3 +338,46 @@ def test_targets_are_one_index_a_row() -> None:
     for wrong in (torch.tensor([0, 1]), torch.tensor([0.5, 1.0, 2.0]), -1):
         with pytest.raises(checks.PerturbkitError, match=r"target|labels"):
             target_rows(wrong, x)
+
+
+class Repeating(nn.Module):
+    """Holds as many copies of a row as it is told."""
+
+    def __init__(self, times: int) -> None:
+        super().__init__()
+        self.times = times
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.stack([x] * self.times).sum(0)
+
+
+class Alike(Repeating):
+    """Calls every other of its kind equal."""
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Alike)
+
+    def __hash__(self) -> int:
+        return 1
+
+
+def test_what_a_row_takes_is_measured_anew_where_the_module_has_changed() -> None:
+    x = draw(1, 3, 1000)
+    model = nn.Sequential(Repeating(1), nn.Identity())
+    few = Oracle(model).row_memory(x)
+    assert Oracle(model).row_memory(x) == few
+    model[0] = Repeating(50)
+    many = Oracle(model).row_memory(x)
+    assert many > 20 * few
+    model[0] = Repeating(1)
+    assert Oracle(model).row_memory(x) == few
+    handle = model[1].register_forward_hook(lambda module, given, out: torch.stack([out] * 50).sum(0))
+    assert Oracle(model).row_memory(x) > 20 * few
+    handle.remove()
+    assert Oracle(model).row_memory(x) == few
+
+
+def test_modules_that_call_themselves_equal_are_measured_each() -> None:
+    x = draw(1, 3, 1000)
+    one, other = Alike(1), Alike(50)
+    assert Oracle(other).row_memory(x) > 20 * Oracle(one).row_memory(x)

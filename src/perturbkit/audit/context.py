@@ -247,8 +247,7 @@ class Context:
     @cached_property
     def fixed(self) -> Tensor:
         """Columns that nothing may change, categories and frozen ones, as truth values; empty where there are none."""
-        held = self.subject.held
-        return held | self.frozen if len(held) and len(self.frozen) else held if len(held) else self.frozen
+        return _fixed(self.subject, self.frozen)
 
     @cached_property
     def frozen(self) -> Tensor:
@@ -295,7 +294,7 @@ class Context:
         def after(out: Tensor, _: Tensor) -> Tensor:
             return out.clamp_min(1e-38).log() if probabilities else out
 
-        oracle = Derived(subject.oracle, before=self._inputs, after=after)
+        oracle = Derived(subject.oracle, before=self._inputs, after=after, alike=True)
         return Question(oracle, z, subject.y[rows], free, self._bounds_of(z), (oracle,))
 
     def _inputs(self, v: Tensor) -> Tensor:
@@ -330,7 +329,7 @@ class Context:
                 size = sign * shift if sign else shift.abs()
                 return torch.stack([size.new_full(size.shape, limit), size], 1)
 
-            inner = Derived(subject.oracle, before=lambda v: self._inputs(v[:, :-1]), after=after)  # type: ignore[arg-type]
+            inner = Derived(subject.oracle, before=lambda v: self._inputs(v[:, :-1]), after=after, alike=True)  # type: ignore[arg-type]
             return inner
 
         centre = float(clean.mean())
@@ -375,6 +374,19 @@ def frozen_columns(subject: Subject, request: AuditRequest) -> Tensor:
     if not request.frozen:
         return torch.zeros(0, dtype=torch.bool)
     return torch.tensor([name in request.frozen for name in names])
+
+
+def held_everywhere(subject: Subject, request: AuditRequest) -> str:
+    """Return why no number of a table may change, empty where some may."""
+    fixed = _fixed(subject, frozen_columns(subject, request))
+    if not len(fixed) or not bool(fixed.all()):
+        return ""
+    return "no number may change, since every column is frozen or of categories. Free a column of numbers, or leave this out."
+
+
+def _fixed(subject: Subject, frozen: Tensor) -> Tensor:
+    held = subject.held
+    return held | frozen if len(held) and len(frozen) else held if len(held) else frozen
 
 
 def _deviation(x: Tensor) -> Tensor:

@@ -7,6 +7,7 @@ import os
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from perturbkit.audit.opening._opened import first_line
 from perturbkit.core import checks
 
 if TYPE_CHECKING:
@@ -57,13 +58,20 @@ def log_report(report: Report, folder: Path, name: str = "mlflow") -> str:
     Raises
     ------
     ArgumentError, MissingExtraError
-        As for :func:`require_log`.
+        As for :func:`require_log`, or if the service does not take the run.
     """
     require_log(name)
     files = [path for path in sorted(folder.iterdir()) if path.is_file()]
     verdicts = {f"audit.{f.section}": f.status for f in report.findings}
     log = {"mlflow": _to_mlflow, "wandb": _to_wandb}[name]
-    return log(report.model, _parameters(report), _numbers(report), verdicts, files)
+    try:
+        return log(report.model, _parameters(report), _numbers(report), verdicts, files)
+    except Exception as error:
+        raise checks.ArgumentError(
+            f"the audit could not be logged to {name} ({type(error).__name__}: {first_line(error)}); allowed: a service that "
+            f"can be reached and takes the run. The report itself is in {folder}; check the variables "
+            f"{'MLFLOW_' if name == 'mlflow' else 'WANDB_'}... of the environment."
+        ) from error
 
 
 def _parameters(report: Report) -> dict[str, str]:
@@ -123,7 +131,8 @@ def _to_wandb(
         for path in files:
             kept.add_file(str(path))
         run.log_artifact(kept)
-        place = run.url if not run.offline else str(Path(run.dir).resolve().parent)
+        kept_at = run.url if not run.offline else Path(run.dir).resolve().parent
+        place = ", kept nowhere, since WANDB_MODE is disabled" if kept_at is None else f" at {kept_at}"
     finally:
         run.finish()
-    return f"run {run.id} at {place}"
+    return f"run {run.id}{place}"

@@ -22,7 +22,7 @@ from perturbkit.audit.subject import Subject
 
 __all__ = ["Plan", "PlannedSection", "make_plan", "section_module"]
 
-_TIMED_ROWS, _TIMED_SECONDS = 256, 0.1
+_TIMED_ROWS, _TIMED_SECONDS = 64, 0.1
 
 
 @dataclass(frozen=True)

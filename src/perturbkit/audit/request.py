@@ -120,7 +120,8 @@ class AuditRequest:
             raise checks.ArgumentTypeError(
                 f"frozen is {self.frozen!r}; allowed: a sequence of names of columns. Write [{self.frozen!r}]."
             )
-        object.__setattr__(self, "frozen", tuple(self.frozen))
+        names = () if self.frozen is None else self.frozen
+        object.__setattr__(self, "frozen", tuple(dict.fromkeys(map(str, names))))
         if self.budget is not None:
             checks.positive("budget", self.budget)
         if self.bounds is not None and not self.bounds[0] < self.bounds[1]:

@@ -299,11 +299,14 @@ class Subject:
 
 
 class Derived(Oracle):
-    """An oracle of ``after(fun(before(x)))`` that adds its counts to the one it is derived from."""
+    """An oracle of ``after(fun(before(x)))`` that adds its counts to the one it is derived from.
+
+    Where one row stays one row (``alike``), what it takes of memory is measured once for all that are derived so.
+    """
 
     def __init__(
         self, inner: Oracle, *, before: Callable[[Tensor], Tensor] | None = None,
-        after: Callable[[Tensor, Tensor], Tensor] | None = None,
+        after: Callable[[Tensor, Tensor], Tensor] | None = None, alike: bool = False,
     ) -> None:  # fmt: skip
         self._inner = inner
 
@@ -312,6 +315,8 @@ class Derived(Oracle):
             return out if after is None else after(out, z)
 
         super().__init__(derived, memory=inner.memory, chunk_size=inner.chunk_size, device=inner.device)
+        if alike:
+            self._known = inner._known
 
     def __call__(self, x: Tensor, *rows: Tensor) -> Tensor:
         with self._inner.frozen():

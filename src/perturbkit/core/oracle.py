@@ -314,21 +314,28 @@ class Oracle:
         return max(1, int(size))
 
     def _row_bytes(self, rows: Sequence[Tensor], kind: str) -> tuple[int, int]:
-        """Return what :meth:`_measure` found for rows like these, measured once for a module in its present form."""
-        known = self._known
-        form: tuple[Any, ...] = ()
-        if isinstance(self.fun, nn.Module):
-            known = _measured.setdefault(self.fun, {})
-            form = tuple((p.shape, p.dtype, p.device) for p in self.fun.parameters())
-        key = (kind, self.device, form, *((r.shape[1:], r.dtype, r.device) for r in rows))
-        if key not in known:
-            known[key] = self._measure(rows, kind)
-        return known[key]
+        """Return what :meth:`_measure` found for rows like these, for this oracle or one of the same module in the same form."""
+        key = (kind, *((r.shape[1:], r.dtype, r.device) for r in rows))
+        if key not in self._known:
+            shared, form = self._of_the_module()
+            self._known[key] = shared[key, form] = shared.get((key, form)) or self._measure(rows, kind)
+        return self._known[key]
+
+    def _of_the_module(self) -> tuple[dict[tuple[Any, ...], tuple[int, int]], tuple[Any, ...]]:
+        """Return what all oracles of the module have measured, and its present form; of a function, nothing."""
+        if not isinstance(self.fun, nn.Module):
+            return {}, ()
+        # A layer that was replaced or hooked may hold more; and of modules that call themselves equal each is itself.
+        layers = (
+            (id(m), type(m), len(m._forward_hooks), len(m._forward_pre_hooks)) for m in self.fun.modules()
+        )
+        weights = ((p.shape, p.dtype, p.device) for p in self.fun.parameters())
+        return _measured.setdefault(self.fun, {}), (id(self.fun), self.device, *layers, *weights)
 
     def _measure(self, rows: Sequence[Tensor], kind: str) -> tuple[int, int]:
         """Return the bytes that one row keeps alive at the peak, and its largest activation."""
         one = [r[:1] for r in rows]
-        with _as_is(self.fun), _LivingBytes() as living:
+        with _as_is(self.fun), timed(), _LivingBytes() as living:
             if kind == "backward":
                 with torch.enable_grad():
                     leaf = one[0].detach().requires_grad_(True)

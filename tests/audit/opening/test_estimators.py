@@ -167,6 +167,17 @@ def test_a_frame_from_parquet_and_csv_reaches_the_pipeline(tmp_path):
         np.testing.assert_allclose(found.scores().numpy(), model.predict_proba(x), rtol=1e-9)
 
 
+def test_a_group_that_the_model_was_fitted_on_stays_an_input(tmp_path):
+    x, y = frame(40)
+    model = pipeline(x, y)
+    x.assign(y=y, site="north").to_csv(tmp_path / "d.csv", index=False)
+    for group, expected in (("city", tuple(x.city)), ("site", ("north",) * 40)):
+        found = audit.open_subject(model, str(tmp_path / "d.csv"), group=group)
+        assert found.groups == expected
+        assert found.feature_names == ("a", "b", "city")
+        np.testing.assert_allclose(found.scores().numpy(), model.predict_proba(x), rtol=1e-9)
+
+
 def test_a_pipeline_of_texts():
     texts = ["good film", "bad film", "good day", "bad day"] * 6
     labels = ["pos", "neg"] * 12

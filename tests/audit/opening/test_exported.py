@@ -143,3 +143,110 @@ def test_layers_that_answer_otherwise_are_not_taken():
     program.module = fresh.module
     with pytest.raises(NoLayerError, match="answer otherwise"):
         layers_of(program)
+
+
+class Acting(nn.Module):
+    """A linear layer and what is done to its answer."""
+
+    def __init__(self, act, n_in=6, **buffers):
+        super().__init__()
+        with seeded_init(2):
+            self.linear = nn.Linear(n_in, 6)
+        self.act = act
+        for name, value in buffers.items():
+            self.register_buffer(name, value)
+
+    def forward(self, x):
+        return self.act(self, x)
+
+
+MIXING = {
+    "mean over rows": lambda s, x: s.linear(x - x.mean(0, keepdim=True)),
+    "mean over rows, from the end": lambda s, x: s.linear(x - x.mean(-2, keepdim=True)),
+    "softmax over rows": lambda s, x: s.linear(x).softmax(0),
+    "rows put together": lambda s, x: torch.cat([x, s.linear(x)], 0).mean(0, keepdim=True),
+    "one more axis": lambda s, x: s.linear((x + s.shift).squeeze(0)),
+}
+
+
+@pytest.mark.parametrize("n", [1, 2])
+@pytest.mark.parametrize("name", MIXING)
+def test_what_runs_over_the_rows_is_no_layer_also_where_there_is_one(name, n):
+    net = Acting(MIXING[name], shift=torch.linspace(-1, 1, 6).reshape(1, 1, 6))
+    assert "several rows" in refusal(net, (6,), n)
+
+
+def test_a_constant_a_row_is_no_layer():
+    net = Acting(lambda s, x: s.linear(x + s.shift), shift=torch.arange(12.0).reshape(2, 6))
+    assert "several rows" in refusal(net, (6,), 2)
+
+
+def test_a_convolution_of_an_unbatched_image_is_no_layer():
+    with seeded_init(0):
+        net = nn.Sequential(nn.Conv2d(1, 1, 2), nn.Flatten())
+    assert "for one row" in refusal(net, (4, 4), 1)
+
+
+def test_what_is_written_in_place_elsewhere_is_no_layer():
+    def viewed(s, x):
+        h = s.linear(x)
+        h.view(len(h), 2, 3).relu_()
+        return h
+
+    def counted(s, x):
+        s.calls += 1
+        return s.linear(x)
+
+    # On zeros nothing is written that was not there, with a bias above zero.
+    net = Acting(viewed)
+    net.linear.bias.data = torch.linspace(0.5, 1.0, 6)
+    program = torch.export.export(net, (torch.zeros(2, 6),))
+    with pytest.raises(NoLayerError, match="writes into"):
+        layers_of(program)
+    assert "writes into" in refusal(Acting(counted, calls=torch.zeros(())), (6,))
+    assert "writes into" in refusal(Acting(lambda s, x: s.linear(x.add_(1.0))), (6,))
+
+
+def test_zeros_are_not_the_only_input_compared():
+    net = Acting(lambda s, x: s.linear(x).relu())
+    net.linear.bias.data.zero_()
+    program = torch.export.export(net, (torch.zeros(2, 6),))
+    bent = Acting(lambda s, x: s.linear(x).tanh())
+    bent.linear.bias.data.zero_()
+    other = torch.export.export(bent, (torch.zeros(2, 6),))
+    program.module = other.module
+    with pytest.raises(NoLayerError, match="answer otherwise"):
+        layers_of(program)
+
+
+@pytest.mark.parametrize("dynamic", [True, False], ids=["any rows", "fixed rows"])
+@pytest.mark.parametrize("layered", [True, False], ids=["layers", "no layers"])
+def test_answers_in_a_dictionary_or_to_a_named_input_are_taken(tmp_path, dynamic, layered):
+    net = Acting(lambda s, x: {"logits": s.linear(x).relu() if layered else torch.cumsum(s.linear(x), 1)})
+    rows = torch.export.Dim("rows")
+    x = torch.randn(5, 6, generator=torch.Generator().manual_seed(1))
+    for args, options in (((torch.zeros(2, 6),), {}), ((), {"x": torch.zeros(2, 6)})):
+        shapes = ({"x": {0: rows}} if options else ({0: rows},)) if dynamic else None
+        torch.export.save(torch.export.export(net, args, options, dynamic_shapes=shapes), tmp_path / "m.pt2")
+        opened = open_exported(tmp_path / "m.pt2").fun
+        assert hasattr(opened, "no_layers") != layered
+        torch.testing.assert_close(opened(x), net(x)["logits"], rtol=1e-5, atol=1e-6)
+
+
+def test_an_answer_that_is_no_layers_is_answered_all_the_same(tmp_path):
+    net = Acting(lambda s, x: s.shift, shift=torch.arange(12.0).reshape(2, 6))
+    torch.export.save(torch.export.export(net, (torch.zeros(2, 6),)), tmp_path / "m.pt2")
+    opened = open_exported(tmp_path / "m.pt2").fun
+    assert "not made of its input" in opened.no_layers
+    assert torch.equal(opened(torch.ones(2, 6)), net.shift)
+
+
+def test_answers_beyond_all_numbers_make_no_others_alike():
+    """Where one answer is infinite the others are compared all the same, and where one is none it is no difference."""
+    net = Acting(lambda s, x: torch.cat([s.linear(x), (x * 0 + 1e3).exp(), (x - x) / (x - x)], 1))
+    program = torch.export.export(net, (torch.ones(2, 6),))
+    assert layers_of(program)(torch.ones(3, 6)).shape == (3, 18)
+    bent = Acting(lambda s, x: torch.cat([s.linear(x) + 1, (x * 0 + 1e3).exp(), (x - x) / (x - x)], 1))
+    program.module = torch.export.export(bent, (torch.ones(2, 6),)).module
+    with pytest.raises(NoLayerError, match="answer otherwise"):
+        layers_of(program)

@@ -120,7 +120,9 @@ def test_a_tokenizer_that_does_not_know_the_texts_is_told(text_folder):
     # Of nine tokens (four words, three strange ones and two that frame a text) three.
     assert strange_told["words known to the tokenizer"] == ("33% of the tokens are unknown", "look")
     assert "33% of the tokens are unknown" in told["strange"][1]
-    assert long_told["texts read to their end"] == ("1 of 24 texts are cut at 16 tokens", "noted")
+    assert long_told["texts read to their end"] == (
+        "1 of 24 texts fill all 16 tokens that are read; what follows is cut off", "noted",
+    )  # fmt: skip
 
 
 def test_maps_of_texts_of_many_lengths_are_those_of_each(text_folder):
@@ -271,3 +273,47 @@ def test_a_name_in_the_cache(text_folder, tmp_path):
     )  # fmt: skip
     assert ended.stdout.strip() == "hf:some/model ('negative', 'positive')", ended.stderr
     assert ended.stderr == ""
+
+
+def bare_folder(here, unknown):
+    """A GPT-2 of one layer whose tokenizer frames nothing, so that an empty text has no tokens."""
+    tokenizers = pytest.importorskip("tokenizers")
+    from transformers import GPT2Config, GPT2ForSequenceClassification, PreTrainedTokenizerFast
+
+    table = {w: i for i, w in enumerate(["<end>", "<unknown>", *GOOD, *BAD, "film"])}
+    own = tokenizers.Tokenizer(tokenizers.models.WordLevel(table, unk_token=unknown))
+    own.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
+    own.post_processor = tokenizers.processors.TemplateProcessing(
+        single="$A" if unknown == "<unknown>" else "<end> $A", special_tokens=[("<end>", 0)]
+    )
+    config = GPT2Config(
+        vocab_size=len(table), n_embd=8, n_layer=1, n_head=2, n_positions=32, num_labels=2, pad_token_id=0,
+        bos_token_id=0, eos_token_id=0,
+    )  # fmt: skip
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        GPT2ForSequenceClassification(config).save_pretrained(here)
+    PreTrainedTokenizerFast(
+        tokenizer_object=own, unk_token=unknown, pad_token="<end>", bos_token="<end>", eos_token="<end>"
+    ).save_pretrained(here)
+    return str(here)
+
+
+def test_a_text_of_no_tokens_fails_no_section(tmp_path):
+    folder = bare_folder(tmp_path, "<unknown>")
+    texts = [*TEXTS[:10], "", GOOD[0]]
+    subject = audit.open_subject(folder, (texts, LABELS[:12]))
+    alone, beside = subject.predict_texts([""]), subject.predict_texts(["", GOOD[0]])[:1]
+    torch.testing.assert_close(alone, beside, rtol=1e-4, atol=1e-5)
+    report = audit.run(folder, (texts, LABELS[:12]), only=["explain", "certify"], progress=False)
+    assert {f.section: f.status for f in report.findings if f.status == "failed"} == {}
+
+
+def test_a_token_that_means_several_things_tells_nothing_unknown(tmp_path):
+    folder = bare_folder(tmp_path, "<end>")
+    texts = [t.split()[0] for t in TEXTS]
+    finding = audit.run(folder, (texts, LABELS), only=["sanity"], progress=False)["sanity"]
+    rows = {row[0]: row for row in finding.table.rows}
+    assert "words known to the tokenizer" not in rows
+    assert rows["texts read to their end"][2] == "passed"
+    assert "tokens are unknown" not in finding.headline

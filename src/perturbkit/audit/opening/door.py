@@ -323,7 +323,7 @@ def _classes(
 def _check_bounds(subject: Subject) -> None:
     if subject.bounds is not None and subject.x is not None:
         there = subject.x[~torch.isnan(subject.x)]
-        low, high = float(there.min()), float(there.max())
+        low, high = (float(there.min()), float(there.max())) if len(there) else subject.bounds
         if low < subject.bounds[0] or high > subject.bounds[1]:
             raise checks.DataError(
                 f"{subject.data_name} has values from {low:.4g} to {high:.4g}; allowed: the range "

@@ -159,9 +159,9 @@ class _Asked:
         whole[:, affected] = x.masked_fill(absent, torch.nan).nanmean(0).nan_to_num(0.0)[affected]
         whole[:, list(data.categories)] = 0.0
         columns = torch.arange(x.shape[1])
-        why = {
-            names[i]: self._refusal(torch.where(columns == i, blank, whole)) for i in affected.nonzero()[:, 0].tolist()
-        }  # fmt: skip
+        # A column is to blame only where the others are answered without it.
+        alone = [] if self._refusal(whole) else affected.nonzero()[:, 0].tolist()
+        why = {names[i]: self._refusal(torch.where(columns == i, blank, whole)) for i in alone}
         together = torch.cat([x[absent.any(1)][:_PROBED], torch.where(affected, blank, whole[:1])])
         refused = {name: said for name, said in why.items() if said} or {"": self._refusal(together)}
         name, said = next(iter(refused.items()))

@@ -79,7 +79,9 @@ def from_frame(
     chosen = label or next((c for c in _LABELS if c in frame.columns), "label")
     targets = column(frame, chosen, name, "--label")
     groups = tuple(str(v) for v in column(frame, group, name, "--groups")) if group else ()
-    rest = frame.drop(columns=[chosen, *([group] if group else [])])
+    # A group that the model was fitted on is an input as well.
+    aside = [group] if group and (model is None or group not in model.features) else []
+    rest = frame.drop(columns=[chosen, *aside])
     if rest.shape[1] == 0:
         raise checks.DataError(
             f"{name} has no column beside the label; allowed: at least one input. Add the inputs of the model."

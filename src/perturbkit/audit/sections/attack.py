@@ -14,7 +14,7 @@ from perturbkit.audit import _figures
 from perturbkit.audit._intervals import median_interval, share_interval
 from perturbkit.audit._search import ScoreSearch, directions, nearest_of_another_answer
 from perturbkit.audit._text import edits_until_change
-from perturbkit.audit.context import MOVED, Context, Question, frozen_columns
+from perturbkit.audit.context import MOVED, Context, Question, frozen_columns, held_everywhere
 from perturbkit.audit.finding import Finding, Metric, Table
 from perturbkit.audit.request import AuditRequest
 from perturbkit.audit.subject import Subject
@@ -39,6 +39,12 @@ _BEGINNINGS = {"quick": 4, "standard": 8, "full": 16}
 _ENDINGS = {"quick": 16, "standard": 32, "full": 64}
 # A gradient attack misleads on a row where a search without gradients finds a change this much smaller.
 _MISLED = 0.5
+
+
+def refusal(subject: Subject, request: AuditRequest) -> str:
+    """Why the section cannot run, empty if it can."""
+    held = held_everywhere(subject, request)
+    return "" if held and _swap_evaluations(subject, request) else held
 
 
 def evaluations(subject: Subject, request: AuditRequest) -> int:
@@ -80,6 +86,9 @@ def run(context: Context) -> Finding:
         finding = _number_finding(context, radius, method, control, rows)
     else:
         finding = _finding(context, radius, right, method, control, rows)
+    if held_everywhere(subject, request):
+        told = "No number may change: every column is frozen or of categories."
+        finding = replace(finding, status="ok", headline=told)
     misled = _misled(context, radius[right], found["by gradient"][right])
     series = {**finding.series, "rows": rows.tolist(), "norm": request.norm, "references": ["rays"]}
     finding = _with_misled(replace(finding, series=series), subject, misled)
@@ -483,13 +492,16 @@ def _lead(context: Context, x: Tensor, rows: Tensor) -> Tensor:
     scores = subject.oracle(x).double()
     if subject.point is not None:
         lead = context.moved - (scores @ subject.point - subject.predictions()[rows]).abs()
+        lead = torch.where(torch.isnan(lead), -1e-300, lead)
         return torch.where(lead < 0, lead, lead.clamp_min(1e-300))
     label = subject.y[rows][:, None]
     others = scores.scatter(1, label, -math.inf).amax(1)
     lead = scores.gather(1, label)[:, 0] - others
-    # Of equal scores the first is the answer.
-    changed = scores.argmax(1) != label[:, 0]
+    # Of equal scores the first is the answer, and a score that is no number is none.
+    broken = torch.isnan(scores).any(1)
+    changed = broken | (scores.argmax(1) != label[:, 0])
     tiny = torch.finfo(torch.float64).tiny
+    lead = torch.where(broken, -tiny, lead)
     return torch.where(changed, lead.clamp_max(-tiny), lead.clamp_min(tiny))
 
 

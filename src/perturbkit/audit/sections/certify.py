@@ -12,7 +12,7 @@ from torch import Tensor
 from perturbkit.audit import _figures
 from perturbkit.audit._intervals import bootstrap, share_interval
 from perturbkit.audit._text import ablation_certificate
-from perturbkit.audit.context import MOVED, Context
+from perturbkit.audit.context import MOVED, Context, held_everywhere
 from perturbkit.audit.finding import Finding, Metric, Table
 from perturbkit.audit.request import AuditRequest
 from perturbkit.audit.sections.attack import default_eps, unit
@@ -32,6 +32,11 @@ _FAILURE = 0.01
 _HALVINGS, _DOUBLINGS = 12, 8
 # Outputs times inputs beyond which a bound for each output takes longer than an audit should.
 _LARGEST = 100_000
+
+
+def refusal(subject: Subject, request: AuditRequest) -> str:
+    """Why the section cannot run, empty if it can."""
+    return held_everywhere(subject, request)
 
 
 def evaluations(subject: Subject, request: AuditRequest) -> int:
@@ -152,6 +157,12 @@ def _module(subject: Subject) -> torch.nn.Module:
     why = next((str(m.no_layers) for m in module.modules() if hasattr(m, "no_layers")), "")
     if why:
         raise checks.ModelError(f"the proof by linear relaxation was left out, since {why}.")
+    coarse = next((p.dtype for p in module.parameters() if p.dtype in (torch.float16, torch.bfloat16)), None)
+    if coarse is not None:
+        raise checks.ModelError(
+            f"the proof by linear relaxation was left out, since the model rounds to {str(coarse)[6:]}, which moves its "
+            "answers beyond what is proved. Turn it to float32 to have the proof."
+        )
     return module
 
 

@@ -12,7 +12,7 @@ from perturbkit.audit import _figures
 from perturbkit.audit._intervals import bootstrap, share_interval
 from perturbkit.audit._numbers import error_by_damage, root_mean_square
 from perturbkit.audit._text import TEXT_CORRUPTIONS, corrupt_text
-from perturbkit.audit.context import Context
+from perturbkit.audit.context import Context, held_everywhere
 from perturbkit.audit.finding import Finding, Metric, Table
 from perturbkit.audit.request import AuditRequest
 from perturbkit.audit.subject import Subject
@@ -29,6 +29,11 @@ SEVERITIES = {"quick": (1, 3, 5), "standard": (1, 2, 3, 4, 5), "full": (1, 2, 3,
 def kinds(task: str) -> tuple[str, ...]:
     """Return the kinds of damage for a task."""
     return {"image": IMAGE_CORRUPTIONS, "tabular": TABLE_CORRUPTIONS, "text": TEXT_CORRUPTIONS}[task]
+
+
+def refusal(subject: Subject, request: AuditRequest) -> str:
+    """Why the section cannot run, empty if it can."""
+    return held_everywhere(subject, request)
 
 
 def evaluations(subject: Subject, request: AuditRequest) -> int:

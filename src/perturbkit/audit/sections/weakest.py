@@ -100,7 +100,7 @@ def _classes(context: Context) -> Finding:
         + (f"; the surest mistake is row {int(subject.numbers[shown[0]])}" if wrong.any() else "")
         + (
             f"; of the rows answered rightly, row {int(subject.numbers[frail])} fails first"
-            if frail is not None and not math.isnan(radius[frail])
+            if frail is not None and math.isfinite(radius[frail])
             else ""
         )
         + "."

@@ -275,7 +275,7 @@ def test_a_name_in_the_cache(text_folder, tmp_path):
     assert ended.stderr == ""
 
 
-def bare_folder(here, unknown):
+def bare_folder(here, unknown, pad="<end>", end="<end>"):
     """A GPT-2 of one layer whose tokenizer frames nothing, so that an empty text has no tokens."""
     tokenizers = pytest.importorskip("tokenizers")
     from transformers import GPT2Config, GPT2ForSequenceClassification, PreTrainedTokenizerFast
@@ -287,14 +287,14 @@ def bare_folder(here, unknown):
         single="$A" if unknown == "<unknown>" else "<end> $A", special_tokens=[("<end>", 0)]
     )
     config = GPT2Config(
-        vocab_size=len(table), n_embd=8, n_layer=1, n_head=2, n_positions=32, num_labels=2, pad_token_id=0,
-        bos_token_id=0, eos_token_id=0,
+        vocab_size=len(table), n_embd=8, n_layer=1, n_head=2, n_positions=32, num_labels=2, bos_token_id=0,
+        eos_token_id=0, pad_token_id=0 if pad else None,
     )  # fmt: skip
     with torch.random.fork_rng():
         torch.manual_seed(0)
         GPT2ForSequenceClassification(config).save_pretrained(here)
     PreTrainedTokenizerFast(
-        tokenizer_object=own, unk_token=unknown, pad_token="<end>", bos_token="<end>", eos_token="<end>"
+        tokenizer_object=own, unk_token=unknown, pad_token=pad, bos_token="<end>", eos_token=end
     ).save_pretrained(here)
     return str(here)
 
@@ -307,6 +307,19 @@ def test_a_text_of_no_tokens_fails_no_section(tmp_path):
     torch.testing.assert_close(alone, beside, rtol=1e-4, atol=1e-5)
     report = audit.run(folder, (texts, LABELS[:12]), only=["explain", "certify"], progress=False)
     assert {f.section: f.status for f in report.findings if f.status == "failed"} == {}
+
+
+def test_the_end_of_a_text_pads_where_nothing_else_does(tmp_path):
+    folder = bare_folder(tmp_path / "end", "<unknown>", pad=None)
+    subject = audit.open_subject(folder, (TEXTS, LABELS))
+    assert any("'<end>', the end of a text, stands for it" in r for r in subject.remarks)
+    few = [TEXTS[0], "film", " ".join(TEXTS[:3])]
+    torch.testing.assert_close(
+        subject.predict_texts(few), torch.cat([subject.predict_texts([t]) for t in few]), rtol=1e-4, atol=1e-5
+    )
+    folder = bare_folder(tmp_path / "none", "<unknown>", pad=None, end=None)
+    with pytest.raises(checks.ModelError, match="neither a token for padding"):
+        audit.open_subject(folder, (TEXTS, LABELS))
 
 
 def test_a_token_that_means_several_things_tells_nothing_unknown(tmp_path):

@@ -94,7 +94,8 @@ def open_folder(path: Path, device: str | None = None) -> OpenedModel:
     if all(name == f"LABEL_{i}" for i, name in enumerate(classes)):
         classes = ()
     if kind == "text":
-        return OpenedModel(module, path.name, classes=classes, text_model=_text_model(path, module))
+        reader, remarks = _text_model(path, module)
+        return OpenedModel(module, path.name, classes=classes, text_model=reader, remarks=remarks)
     picture = _Picture(module, _processor(path)).eval()
     return OpenedModel(picture, path.name, classes=classes, remarks=[picture.remark])
 
@@ -102,7 +103,7 @@ def open_folder(path: Path, device: str | None = None) -> OpenedModel:
 # -- texts ------------------------------------------------------------------------------------------------------
 
 
-def _text_model(path: Path, module: Any) -> TextModel:
+def _text_model(path: Path, module: Any) -> tuple[TextModel, list[str]]:
     from transformers import AutoTokenizer
 
     with _quiet():
@@ -115,6 +116,19 @@ def _text_model(path: Path, module: Any) -> TextModel:
                 f"{path} has no tokenizer that can be opened ({type(error).__name__}: {first_line(error)}); allowed: the "
                 "files of tokenizer.save_pretrained beside the weights. Save it there."
             ) from error
+    remarks = []
+    if tokenizer.pad_token_id is None:
+        if tokenizer.eos_token is None:
+            raise checks.ModelError(
+                f"the tokenizer in {path} has neither a token for padding nor one for the end of a text; allowed: one of "
+                "them, since texts are read in batches. Set tokenizer.pad_token and save it again."
+            )
+        tokenizer.pad_token = tokenizer.eos_token
+        remarks = [
+            f"The tokenizer has no token for padding: {tokenizer.eos_token!r}, the end of a text, stands for it."
+        ]
+    if module.config.pad_token_id is None:
+        module.config.pad_token_id = tokenizer.pad_token_id
     # Some tokenizers state no limit, and position tables of the RoBERTa family keep two places for themselves.
     longest = min(
         int(tokenizer.model_max_length), int(getattr(module.config, "max_position_embeddings", 512))
@@ -153,7 +167,7 @@ def _text_model(path: Path, module: Any) -> TextModel:
     # Where one token stands for the unknown and for an end as well, it tells nothing.
     others = (getattr(tokenizer, f"{name}_token_id") for name in ("bos", "eos", "cls", "sep", "pad", "mask"))
     unknown = None if tokenizer.unk_token_id in others else tokenizer.unk_token_id
-    return TextModel(predict, tokenize, table, from_embeddings, decode, unknown, longest)
+    return TextModel(predict, tokenize, table, from_embeddings, decode, unknown, longest), remarks
 
 
 # -- images -----------------------------------------------------------------------------------------------------

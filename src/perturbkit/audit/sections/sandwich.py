@@ -13,7 +13,7 @@ from torch import Tensor
 from perturbkit.audit import _figures
 from perturbkit.audit._intervals import bootstrap, share_interval
 from perturbkit.audit._search import nearest_of_another_answer
-from perturbkit.audit.context import Context
+from perturbkit.audit.context import Context, held_everywhere
 from perturbkit.audit.finding import Finding, Metric, Table
 from perturbkit.audit.plan import operations
 from perturbkit.audit.request import PROFILES, AuditRequest
@@ -54,6 +54,8 @@ def refusal(subject: Subject, request: AuditRequest) -> str:
             "the proof is of the ablated model and counts replaced words, the attack is on the model itself and counts "
             "words with swapped letters: two functions and two sizes, which are not comparable."
         )
+    if held := held_everywhere(subject, request):
+        return held
     fewest = _FEWEST * evaluations(subject, request) * operations(subject)
     if fewest > 2 * SHARE * PROFILES[request.profile].flops:
         return (

@@ -260,8 +260,7 @@ class OneByteSPSA(SeededOptimizer):
 
     def checkpoint(self) -> dict[str, Any]:
         """Return the weights and the place in the protocol, for :meth:`join`; the log begins anew."""
-        self.messages = []
-        weights = [p.detach().clone() for p in self.weights]
+        self.messages, weights = [], [p.detach().clone() for p in self.weights]
         return {"weights": weights, "round": self._round(), "exponent": self._exponent()}
 
     def join(

@@ -30,9 +30,6 @@ _log = logging.getLogger("perturbkit")
 # grows with every row. A backward pass has more to share among the rows of a chunk. Above 32 MiB glibc maps each block
 # afresh, so that it pays for its page faults every time.
 _CPU_BLOCK = {"forward": 8 * 2**20, "backward": 12 * 2**20}
-# Kernels share something between two rows whatever their size; above that the memory that glibc trims after every chunk, and
-# takes anew page by page, costs more.
-_CPU_ROWS = 2
 # What one row of a module keeps alive, by the kind of query and the rows; the next oracle of the module need not run it again.
 _measured: weakref.WeakKeyDictionary[nn.Module, dict[tuple[Any, ...], tuple[int, int]]] = (
     weakref.WeakKeyDictionary()
@@ -308,9 +305,7 @@ class Oracle:
             size = self.memory // living
             device = self.device or rows[0].device
             if device.type == "cpu":
-                size = min(
-                    size, max(_CPU_BLOCK[kind] // largest, min(_CPU_ROWS, 2 * _CPU_BLOCK[kind] // largest))
-                )
+                size = min(size, _CPU_BLOCK[kind] // largest)
         if self._ceiling is not None:
             size = min(size, self._ceiling)
         return max(1, int(size))

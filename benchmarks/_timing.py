@@ -56,6 +56,16 @@ def table(rows: list[Row]) -> str:
     return "\n".join(lines)
 
 
+def table_in_ms(rows: list[Row]) -> list[Row]:
+    """Turn the times of the rows into milliseconds, print them and return them."""
+    told = [
+        {k: float(v) * 1e3 if k in ("ours_s", "peer_s", "floor_s") else v for k, v in r.items()} for r in rows
+    ]
+    print("times in ms")
+    print(table(told))
+    return told
+
+
 def _peak(run: Call) -> float:
     with _LivingBytes() as living:
         run()

@@ -19,7 +19,7 @@ import time
 
 import numpy as np
 import torch
-from benchmarks._timing import Row, compare, table
+from benchmarks._timing import Row, compare, table_in_ms
 from scipy.stats import gaussian_kde
 from sklearn.decomposition import PCA
 from sklearn.neighbors import KernelDensity
@@ -34,12 +34,7 @@ N, POINTS = 2000, 1000
 def main(rounds: int = 5) -> list[Row]:
     """Print the table and return its rows."""
     rows = [row for dim in (1, 2) for row in cube(dim, rounds)] + curve(rounds)
-    for row in rows:  # milliseconds read better here
-        for key in ("ours_s", "peer_s", "floor_s"):
-            row[key] = float(row[key]) * 1e3
-    print("times in ms")
-    print(table(rows))
-    return rows
+    return table_in_ms(rows)
 
 
 def cube(dim: int, rounds: int) -> list[Row]:

@@ -7,7 +7,7 @@ terms on the same tensors with coefficients known beforehand.
 from __future__ import annotations
 
 import torch
-from benchmarks._timing import Row, compare, table
+from benchmarks._timing import Row, compare, table_in_ms
 
 from perturbkit.core import Denoiser, DiscreteSchedule
 from perturbkit.core.random import randn
@@ -78,12 +78,7 @@ def main(rounds: int = 5) -> list[Row]:
                 floor,
                 rounds,
             )
-    for row in rows:  # milliseconds read better here
-        for key in ("ours_s", "peer_s", "floor_s"):
-            row[key] = float(row[key]) * 1e3
-    print("times in ms")
-    print(table(rows))
-    return rows
+    return table_in_ms(rows)
 
 
 if __name__ == "__main__":

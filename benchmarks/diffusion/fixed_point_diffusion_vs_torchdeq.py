@@ -14,7 +14,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from benchmarks._timing import Row, compare, table
+from benchmarks._timing import Row, compare, table_in_ms
 from torch import Tensor
 
 from perturbkit.core import EDMSchedule, edm_scalings
@@ -86,12 +86,7 @@ def main(rounds: int = 10) -> list[Row]:
     forward(), theirs_forward(), ours(), step(), floor()
     rows = compare(ours, {f"training, {BEFORE} + {WITH} iterations, torchdeq": step}, floor, rounds)
     rows += compare(forward, {f"forward, {BEFORE} iterations, torchdeq": theirs_forward}, forward, 3 * rounds)
-    for row in rows:  # milliseconds read better here
-        for key in ("ours_s", "peer_s", "floor_s"):
-            row[key] = float(row[key]) * 1e3
-    print("times in ms")
-    print(table(rows))
-    return rows
+    return table_in_ms(rows)
 
 
 if __name__ == "__main__":

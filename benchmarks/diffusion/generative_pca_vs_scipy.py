@@ -19,7 +19,7 @@ import warnings
 
 import numpy as np
 import torch
-from benchmarks._timing import Row, compare, table
+from benchmarks._timing import Row, compare, table_in_ms
 from scipy.sparse.linalg import eigsh
 from sklearn.decomposition import PCA, SparsePCA
 from torch import Tensor, nn
@@ -31,12 +31,7 @@ from perturbkit.diffusion import generative_pca, spiked_covariance
 def main(rounds: int = 5) -> list[Row]:
     """Print the table and return its rows."""
     rows = [row for d in (64, 512) for row in power(d, rounds)] + spike(rounds)
-    for row in rows:  # milliseconds read better here
-        for key in ("ours_s", "peer_s", "floor_s"):
-            row[key] = float(row[key]) * 1e3
-    print("times in ms")
-    print(table(rows))
-    return rows
+    return table_in_ms(rows)
 
 
 def samples(signal: Tensor, m: int, strength: float, seed: int) -> Tensor:

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import numpy as np
 import torch
-from benchmarks._timing import Row, compare, table
+from benchmarks._timing import Row, compare, table_in_ms
 from torch import Tensor
 
 from perturbkit.core.random import as_generator, uniform
@@ -54,12 +54,7 @@ def main(rounds: int = 5) -> list[Row]:
         floor()
         name = f"{' x '.join(map(str, shape))} cells, {n_iter} iterations, POT"
         rows += compare(ours, {name: theirs}, floor, rounds)
-    for row in rows:  # milliseconds read better here
-        for key in ("ours_s", "peer_s", "floor_s"):
-            row[key] = float(row[key]) * 1e3
-    print("times in ms")
-    print(table(rows))
-    return rows
+    return table_in_ms(rows)
 
 
 def kernel(m: int) -> Tensor:

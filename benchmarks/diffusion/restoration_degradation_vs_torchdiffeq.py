@@ -14,7 +14,7 @@ from __future__ import annotations
 import math
 
 import torch
-from benchmarks._timing import Row, compare, table
+from benchmarks._timing import Row, compare, table_in_ms
 from torch import Tensor
 
 from perturbkit.core.random import as_generator, randn
@@ -87,12 +87,7 @@ def main(rounds: int = 3) -> list[Row]:
 
         torch.testing.assert_close(solved(), peer(), rtol=1e-12, atol=1e-12)
         rows += compare(solved, {f"interpolant, 100 Heun steps, {name}, torchdiffeq": peer}, bare, rounds)
-    for row in rows:  # milliseconds read better here
-        for key in ("ours_s", "peer_s", "floor_s"):
-            row[key] = float(row[key]) * 1e3
-    print("times in ms")
-    print(table(rows))
-    return rows
+    return table_in_ms(rows)
 
 
 if __name__ == "__main__":

@@ -21,7 +21,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
-from benchmarks._timing import Row, compare, table
+from benchmarks._timing import Row, compare, table_in_ms
 from torch import Tensor
 
 from perturbkit.core import Denoiser, DiscreteSchedule
@@ -58,12 +58,7 @@ def main(rounds: int = 5) -> list[Row]:
             rows += compare(ours, {f"{name}, {'x'.join(map(str, shape))}, diffusers": theirs}, floor, rounds)
     inversion()
     reverse()
-    for row in rows:  # milliseconds read better here
-        for key in ("ours_s", "peer_s", "floor_s"):
-            row[key] = float(row[key]) * 1e3
-    print("times in ms")
-    print(table(rows))
-    return rows
+    return table_in_ms(rows)
 
 
 def cases(x: Tensor) -> Iterator[tuple[str, Run, Run, int, bool]]:

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import numpy as np
 import torch
-from benchmarks._timing import Row, compare, table
+from benchmarks._timing import Row, compare, table_in_ms
 from sklearn.cluster import MeanShift
 from torch import Tensor
 
@@ -64,12 +64,7 @@ def main(rounds: int = 3) -> list[Row]:
         rows += compare(
             ours, {f"{dim} dimensions, 2000 points, 500 starts, MeanShift": theirs}, floor, rounds
         )
-    for row in rows:  # milliseconds read better here
-        for key in ("ours_s", "peer_s", "floor_s"):
-            row[key] = float(row[key]) * 1e3
-    print("times in ms")
-    print(table(rows))
-    return rows
+    return table_in_ms(rows)
 
 
 if __name__ == "__main__":

@@ -21,7 +21,7 @@ from functools import cache
 from typing import Any
 
 import torch
-from benchmarks._timing import Row, compare, table
+from benchmarks._timing import Row, compare, table_in_ms
 from torch import Tensor
 
 from perturbkit.core.random import as_generator, randn, uniform
@@ -42,12 +42,7 @@ def main(rounds: int = 5) -> list[Row]:
             floor = bare(x, calls)
             ours(), theirs(), floor()
             rows += compare(ours, {f"{name}, {'x'.join(map(str, shape))}, diffusers": theirs}, floor, rounds)
-    for row in rows:  # milliseconds read better here
-        for key in ("ours_s", "peer_s", "floor_s"):
-            row[key] = float(row[key]) * 1e3
-    print("times in ms")
-    print(table(rows))
-    return rows
+    return table_in_ms(rows)
 
 
 def cases(x: Tensor) -> list[tuple[str, Run, Run, int]]:

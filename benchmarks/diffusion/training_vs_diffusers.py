@@ -19,7 +19,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from benchmarks._timing import Row, compare, table
+from benchmarks._timing import Row, compare, table_in_ms
 from torch import Tensor, nn
 
 from perturbkit.core import Denoiser, DiscreteSchedule, SmallUNet
@@ -32,12 +32,7 @@ Loss = Callable[[], Tensor]
 def main(rounds: int = 5) -> list[Row]:
     """Print the table and return its rows."""
     rows = images(rounds) + elements(rounds)
-    for row in rows:  # milliseconds read better here
-        for key in ("ours_s", "peer_s", "floor_s"):
-            row[key] = float(row[key]) * 1e3
-    print("times in ms")
-    print(table(rows))
-    return rows
+    return table_in_ms(rows)
 
 
 def images(rounds: int) -> list[Row]:

@@ -123,16 +123,7 @@ class Context:
     findings: dict[str, Finding] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        subject = self.subject
-        frozen_columns(subject, self.request)
-        if subject.bounds is not None and subject.x is not None and self.has_missing:
-            there = subject.x[~torch.isnan(subject.x)]
-            low, high = (float(there.min()), float(there.max())) if len(there) else subject.bounds
-            if low < subject.bounds[0] or high > subject.bounds[1]:
-                raise checks.DataError(
-                    f"{subject.data_name} has values from {low:.4g} to {high:.4g}; allowed: the range [{subject.bounds[0]:g}, "
-                    f"{subject.bounds[1]:g}]. Scale the inputs, or state the range with --bounds LOW,HIGH."
-                )
+        frozen_columns(self.subject, self.request)
 
     def chunks(
         self,
